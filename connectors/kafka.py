@@ -1,0 +1,907 @@
+"""Kafka as a Source and a Sink, on librdkafka through confluent-kafka.
+
+The clients have C threads of their own, so the pipeline's thread polls them without blocking. Only when there is
+nothing to do does a client park: one thread sits in its `poll` and rings the bell at the first sign of work. A client
+is used either by the pipeline or by its parked thread, never by both: the binding lets one call into a consumer at a
+time, and a second one waits for as long as the poll lasts. So commits are asynchronous and confirmed by a callback that
+any poll serves, and whatever must ask the cluster and wait asks through a client of its own.
+
+Offsets are committed as the contiguous prefix of settled ones, per partition and assignment epoch. A partition that is
+revoked is drained first, then committed, then fenced; a receipt of a fenced epoch is void. The client's revocation
+callback cannot be deferred, which is why everything it waits for works without an event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby, repeat
+from operator import itemgetter
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import orjson
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Message as Raw
+
+from inferbus.connectors.base import (
+    Bell,
+    ConnectorError,
+    Done,
+    Failure,
+    Fatal,
+    Headers,
+    Message,
+    Misconfigured,
+    Records,
+    TooLarge,
+    Unavailable,
+    Unreadable,
+    resolve_id,
+)
+from inferbus.connectors.gaps import Gaps
+from inferbus.connectors.threads import Clerk, Parking
+
+DRAIN_BUDGET = 5.0  # seconds a revocation may wait: the whole group waits with it
+COMMIT_EVERY = 0.05  # seconds after the prefix moved; with a parked round, 0.1 at the latest
+PARK = 0.05  # seconds of one parked poll: how long a commit may wait for the client
+STARVED = 1.0  # seconds without credit until fetching is paused: a pause throws the prefetched away
+REACH = 5.0  # seconds a broker has to answer at start
+STASH = 64  # messages kept from polls made without credit
+WATCH_EVERY = 5.0  # seconds between looks for partitions that do not move
+STALLED = 60.0  # seconds assigned, behind, asked and not moving: then the client is built anew
+
+Config = Mapping[str, Any]
+log = logging.getLogger("inferbus.kafka")
+
+
+class Trouble:
+    """What a client's callbacks say: brokers away, refusals, errors; and the log lines that follow, kept few."""
+
+    def __init__(self, statistics: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+        self.last: str | None = None
+        self._statistics_of_topics = statistics
+        self._down: str | None = None
+        self._refused: str | None = None
+        self._said: dict[str, float] = {}
+
+    def callbacks(self) -> dict[str, Any]:
+        """Properties that make a client report here."""
+        return {
+            "error_cb": self.note,
+            "stats_cb": self._statistics,
+            "statistics.interval.ms": 1000,
+            "logger": log,
+        }
+
+    def note(self, error: KafkaError) -> None:
+        """An event of the client's."""
+        self.last = error.str()
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._down = "kafka: no broker is reachable"
+        elif error.code() in REFUSED:
+            self._refused = f"kafka: {error.str()}"
+        self.say(error.name(), error.str())
+
+    def say(self, kind: str, text: str) -> None:
+        """Log, at most once in half a minute for each kind."""
+        now = time.monotonic()
+        if now - self._said.get(kind, -1e9) > 30:
+            self._said[kind] = now
+            log.warning("%s: %s", kind, text)
+
+    def _statistics(self, text: str) -> None:
+        told = orjson.loads(text)
+        if any(broker["state"] == "UP" for broker in told["brokers"].values()):
+            self._down = None
+        self._statistics_of_topics(told["topics"])
+
+    def clear_refusal(self) -> None:
+        """Messages flow, so whatever was refused is granted again."""
+        self._refused = None
+
+    def away(self) -> str | None:
+        """What keeps the cluster from us, or None."""
+        return self._refused or self._down
+
+
+class Revocation:
+    """Partitions taken away while the client was parked, and the two signals its threads give each other."""
+
+    __slots__ = ("drained", "fenced", "leases")
+
+    def __init__(self, leases: list[Lease]) -> None:
+        self.leases = leases
+        self.drained = threading.Event()
+        self.fenced = threading.Event()
+
+
+class Lease:
+    """One assignment of one partition: its epoch. Receipts point here; a closed lease voids them."""
+
+    __slots__ = ("gaps", "moved_at", "open", "partition", "suspected")
+
+    def __init__(self, partition: int, now: float) -> None:
+        self.partition = partition
+        self.open = True
+        self.gaps = Gaps()
+        self.moved_at = now  # monotonic seconds of the last sign of progress
+        self.suspected: int | None = None  # a readable offset ahead that the client had not brought, one look ago
+
+
+class KafkaSource:
+    """At-least-once deliveries from one topic for one consumer group.
+
+    Args:
+        topic: The topic's name.
+        group: The consumer group; its committed offsets are where this source begins.
+        config: librdkafka properties, `bootstrap.servers` among them; they override the defaults chosen here.
+        start: `earliest` or `latest`: where a group without committed offsets begins.
+        max_inflight: The pipeline's cap in messages; sizes prefetching and commit steps.
+        max_inflight_bytes: The pipeline's cap in bytes; sizes prefetching.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        group: str,
+        config: Config,
+        *,
+        start: str = "earliest",
+        max_inflight: int = 8192,
+        max_inflight_bytes: int = 256 * 2**20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = f"kafka:{topic}"
+        self._topic = topic
+        self._clock = clock
+        self._config = consumer_config(config, group, start, max_inflight, max_inflight_bytes)
+        self._commit_step = max(1, max_inflight // 4)
+        self._consumer: Consumer | None = None
+        self._leases: dict[int, Lease] = {}
+        self._stash: list[Raw] = []  # received by a poll that was made for other reasons
+        self._committing: list[tuple[Lease, int]] = []  # positions sent and not acknowledged
+        self._commit_answers: deque[str | None] = deque()
+        self._lags: dict[int, int] = {}
+        self._asked_at = clock()  # when the pipeline last had credit and asked
+        self._served_at = self._asked_at  # when the client's callbacks were last served
+        self._paused = False
+        self._commit_at: float | None = None  # when the moved prefix must be committed at the latest
+        self._watch_at = 0.0
+        self._trouble = Trouble(self._statistics)
+        self._problem: str | None = None  # assigned, behind and not moving
+        self._revocations: SimpleQueue[Revocation] = SimpleQueue()
+
+    # Opening and closing
+
+    def open(self, bell: Bell, drain: Callable[[Callable[[], bool], float], None]) -> None:
+        """Reach the cluster, see that the topic is there, and join the group."""
+        self._bell = bell
+        self._drain = drain
+        self._thread = threading.get_ident()
+        self._connect()
+
+    def _connect(self) -> None:
+        self._trouble = Trouble(self._statistics)
+        callbacks = self._trouble.callbacks() | {"on_commit": self._on_commit}
+        consumer = new_client(Consumer, self._config | callbacks)
+        try:
+            partitions = reach_topic(consumer, self._topic, self._trouble)
+        except ConnectorError:
+            consumer.close()
+            raise
+        self._partitions = partitions
+        self._consumer = consumer
+        self._watcher = Clerk(self._bell)
+        self._parking = Parking(lambda: self._park(consumer), self._bell)
+        consumer.subscribe(
+            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+
+    def close(self) -> None:
+        """Commit what is settled, then leave the group: after leaving, the generation may be gone."""
+        if self._consumer is None:
+            return
+        self._disconnect(commit=True)
+
+    def _disconnect(self, *, commit: bool) -> None:
+        consumer = self._consumer
+        assert consumer is not None  # noqa: S101 - narrows the type; every caller has looked
+        self._parking.close(meanwhile=self._serve_revocations)
+        self._watcher.close()
+        leases = list(self._leases.values())
+        if commit:
+            self._commit_now(consumer, leases)
+        self._committing = []
+        self._fence(leases)
+        self._stash = []
+        self._consumer = None
+        with translated("close"):
+            consumer.close()
+
+    # Receiving
+
+    def receive(self, limit: int) -> list[Message]:
+        """Everything the client holds, at most `limit`; [] while it is parked, for then there is nothing."""
+        consumer = self._consumer
+        if consumer is None:
+            return self._reconnect()
+        self._asked_at = self._clock()
+        self._serve_revocations()
+        if self._parking.parked:
+            return []
+        if self._paused:
+            self._resume(consumer)
+        stash, self._stash = self._stash, []
+        if len(stash) < limit:
+            with translated("receive"):
+                stash += consumer.consume(limit - len(stash), 0)
+            self._served_at = self._asked_at
+        return self._accept(stash) if stash else []
+
+    def _accept(self, raw: list[Raw]) -> list[Message]:
+        """Messages of the leases held now, tracked; records that carry an error are dealt with."""
+        messages: list[Message] = []
+        if any(map(Raw.error, raw)):
+            for m in raw:
+                if m.error() is not None:
+                    messages += self._on_error(m)
+            raw = [m for m in raw if m.error() is None]
+        if raw:
+            self._trouble.clear_refusal()
+        for partition, run in groupby(raw, Raw.partition):
+            lease = self._leases.get(partition)
+            if lease is not None:  # else revoked while the client handed these over; the next owner gets them
+                messages += self._track(lease, list(run))
+        return messages
+
+    def _track(self, lease: Lease, run: list[Raw]) -> list[Message]:
+        """Consecutive records of one partition as messages."""
+        lease.moved_at = self._asked_at
+        stem = f"{self._topic}-{lease.partition}-"
+        offsets = list(map(Raw.offset, run))
+        bodies = [body or b"" for body in map(Raw.value, run)]
+        headers: list[Headers] = [tuple(own) if own else () for own in map(Raw.headers, run)]
+        ids = [(own and resolve_id(own)) or f"{stem}{offset}" for own, offset in zip(headers, offsets, strict=True)]
+        created = [stamp[1] / 1000 for stamp in map(Raw.timestamp, run)]
+        receipts = [(lease, offset) for offset in offsets]
+        lease.gaps.receive(offsets, sum(map(len, bodies)))
+        return list(map(Message, ids, map(Raw.key, run), bodies, headers, created, repeat(1), receipts))
+
+    def _on_error(self, m: Raw) -> list[Message]:
+        """An event in place of a message: note it, or skip a batch that can never be read."""
+        error = m.error()
+        code = error.code()
+        if error.fatal() or code in FENCED:
+            raise Fatal(f"kafka: {error.str()}")
+        if code in UNREADABLE and m.partition() in self._leases:
+            return self._skip(self._leases[m.partition()], m.offset(), error.str())
+        self._trouble.note(error)
+        return []
+
+    def _skip(self, lease: Lease, first: int, reason: str) -> list[Message]:
+        """One `Unreadable` for each offset of the poison batch that begins at `first`, and the client moved past it.
+
+        The client would report the same batch for ever: its position never moves, and it does not say where the batch
+        ends. So a second client, outside the group, looks for the first offset after it that can be read.
+        """
+        assert self._consumer is not None  # noqa: S101
+        highest = lease.gaps.highest
+        if highest is not None and first <= highest:
+            first = highest + 1
+        end = end_of_unreadable(self._config, self._topic, lease.partition, first)
+        with translated("seek"):
+            self._consumer.seek(TopicPartition(self._topic, lease.partition, end))
+        offsets = range(first, end)
+        lease.gaps.receive(offsets, 0)
+        text = f"the record batch could not be read by the client ({reason})"
+        return [
+            Unreadable(f"{self._topic}-{lease.partition}-{o}", None, (lease, o), "too_large", text)
+            for o in offsets
+        ]
+
+    # Settling
+
+    def settle(self, messages: Sequence[Message]) -> None:
+        """Mark as done; the prefix is committed when it has grown by a quarter of the flow, or 100 ms after it moved."""
+        receipts: list[tuple[Lease, int]] = [m.receipt for m in messages]  # type: ignore[misc]  # this source's own
+        for lease, run in groupby(receipts, itemgetter(0)):
+            lease.gaps.settle(offset for _, offset in run)
+        if self._commit_at is None:
+            self._commit_at = self._clock() + COMMIT_EVERY
+
+    def release(self, messages: Sequence[Message]) -> None:
+        """Nothing to tell the broker: an offset that is not committed comes again to the next owner."""
+
+    def inflight(self) -> tuple[int, int]:
+        """Received and not covered by an acknowledged commit."""
+        messages = size = 0
+        for lease in self._leases.values():
+            messages += lease.gaps.inflight_messages
+            size += lease.gaps.inflight_bytes
+        return messages, size
+
+    def tick(self, now: float) -> float:
+        """Commit what is due, keep the client alive without credit, watch for partitions that do not move."""
+        consumer = self._consumer
+        if consumer is None:
+            return now + 1.0
+        self._serve_revocations()
+        self._watcher.tick()
+        if not self._parking.parked:
+            self._parking.catch_up()
+        if not self._parking.parked and now - self._asked_at > STARVED:
+            self._idle_without_credit(consumer)
+        elif not self._parking.parked and self._committing and now > self._served_at and len(self._stash) < STASH:
+            self._serve_callbacks(consumer, now)
+        while self._commit_answers:
+            self._committed(self._commit_answers.popleft())
+        if self._commit_at is not None and not self._committing:
+            self._commit_if_due(consumer, now)
+        if now >= self._watch_at:
+            self._watch_at = now + WATCH_EVERY
+            self._watch(now)
+        if self._committing and not self._parking.parked:
+            return now + 0.001  # nobody polls while the pipeline rests, so come back for the acknowledgement
+        return min(self._watch_at, self._commit_at or self._watch_at, now + STARVED)
+
+    def _serve_callbacks(self, consumer: Consumer, now: float) -> None:
+        """Without credit nothing is received, but the acknowledgement that frees credit comes through a poll too."""
+        with translated("poll"):
+            m = consumer.poll(0)
+        self._served_at = now
+        if m is not None:
+            self._stash.append(m)
+
+    def _commit_if_due(self, consumer: Consumer, now: float) -> None:
+        ready = self._unconfirmed(self._leases.values())
+        if not ready:
+            self._commit_at = None
+            return
+        grown = sum(position - (lease.gaps.confirmed or 0) for lease, position in ready)
+        if grown < self._commit_step and self._commit_at is not None and now < self._commit_at:
+            return
+        self._commit_at = None
+        if self._parking.parked:
+            # A call now would wait until the parked poll ends: let the parked thread make it before its next round.
+            self._parking.before_next = partial(self._send_commit, consumer, ready)
+        else:
+            self._send_commit(consumer, ready)
+        self._committing = ready
+
+    def _unconfirmed(self, leases: Iterable[Lease]) -> list[tuple[Lease, int]]:
+        return [(lease, at) for lease in leases if (at := lease.gaps.unconfirmed()) is not None]
+
+    def _send_commit(self, consumer: Consumer, ready: list[tuple[Lease, int]]) -> None:
+        try:
+            consumer.commit(offsets=self._places(ready), asynchronous=True)
+        except (KafkaException, RuntimeError) as error:
+            self._commit_answers.append(str(error))
+
+    def _places(self, ready: list[tuple[Lease, int]]) -> list[TopicPartition]:
+        return [TopicPartition(self._topic, lease.partition, position) for lease, position in ready]
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        """On whichever thread polls; the pipeline applies it at its next tick."""
+        failed = error or next((p.error for p in partitions if p.error), None)
+        self._commit_answers.append(failed and failed.str())
+        self._bell.ring()
+
+    def _committed(self, failure: str | None) -> None:
+        ready, self._committing = self._committing, []
+        if failure is None:
+            for lease, position in ready:
+                lease.gaps.confirm(position)
+        elif ready:
+            # Not covered, not freed: the next try carries the same positions or later ones. In a rebalance the new
+            # owner serves what we could not commit.
+            self._trouble.say("commit", failure)
+        if self._commit_at is None:
+            self._commit_at = self._clock() + COMMIT_EVERY
+
+    # Rebalances
+
+    def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        now = self._clock()
+        # A fresh dict, because another thread may be reading the old one.
+        self._leases = {**self._leases, **{p.partition: Lease(p.partition, now) for p in partitions}}
+        self._paused = False  # an assignment un-pauses
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Drain within the budget, commit, fence: in this order, or finished work would be served twice."""
+        leases = [self._leases[p.partition] for p in partitions if p.partition in self._leases]
+        if threading.get_ident() == self._thread:
+            self._drain(lambda: all(lease.gaps.idle() for lease in leases), DRAIN_BUDGET)
+            self._commit_now(consumer, leases)
+            self._fence(leases)
+            return
+        # Parked: only the pipeline's thread may pump, and only this one may use the client.
+        revocation = Revocation(leases)
+        self._revocations.put(revocation)
+        self._bell.ring()
+        revocation.drained.wait(DRAIN_BUDGET + REACH)
+        self._commit_now(consumer, leases)
+        self._fence(leases)
+        revocation.fenced.set()
+
+    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        # Another member may own them already: committing here would move its offsets.
+        self._fence([self._leases[p.partition] for p in partitions if p.partition in self._leases])
+        self._bell.ring()
+
+    def _serve_revocations(self) -> None:
+        """Drain for a revocation that came to the parked thread, and wait while it commits."""
+        with contextlib.suppress(Empty):
+            while True:
+                revocation = self._revocations.get_nowait()
+                self._drain(lambda r=revocation: all(lease.gaps.idle() for lease in r.leases), DRAIN_BUDGET)  # type: ignore[misc]  # mypy loses the default
+                revocation.drained.set()
+                revocation.fenced.wait(REACH)
+
+    def _commit_now(self, consumer: Consumer, leases: list[Lease]) -> None:
+        ready = self._unconfirmed(leases)
+        if not ready:
+            return
+        try:
+            consumer.commit(offsets=self._places(ready), asynchronous=False)
+        except (KafkaException, RuntimeError) as error:
+            self._trouble.say("commit", str(error))
+            return
+        for lease, position in ready:
+            lease.gaps.confirm(position)
+
+    def _fence(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            lease.open = False
+        self._leases = {p: lease for p, lease in self._leases.items() if lease.open}
+
+    # Without credit, without messages, without progress
+
+    def _idle_without_credit(self, consumer: Consumer) -> None:
+        """Keep polling so that the group goes on, with fetching paused so that nothing arrives."""
+        with translated("poll"):
+            if not self._paused:
+                self._paused = True
+                consumer.pause(consumer.assignment())
+        self._serve_callbacks(consumer, self._clock())
+
+    def _resume(self, consumer: Consumer) -> None:
+        self._paused = False
+        with translated("resume"):
+            consumer.resume(consumer.assignment())
+
+    def rest(self) -> None:
+        """Park a thread in the client's poll until something comes."""
+        if self._consumer is not None and not self._stash and not self._paused:
+            self._parking.park()
+
+    def _park(self, consumer: Consumer) -> bool:
+        """One round on the parked thread; True when there is something for the pipeline."""
+        try:
+            m = consumer.poll(PARK)
+        except (KafkaException, RuntimeError) as error:
+            self._trouble.say("poll", str(error))
+            return True
+        if m is None:
+            return False
+        self._stash.append(m)
+        return True
+
+    def _watch(self, now: float) -> None:
+        """A partition that is asked for, has something to read and does not move is a stalled client: build it anew."""
+        asking = not self._paused and now - self._asked_at <= STARVED and self._trouble.away() is None
+        still = [lease for lease in self._leases.values() if now - lease.moved_at > STALLED]
+        if not asking:
+            for lease in self._leases.values():  # it does not move because we do not ask, or nobody answers
+                lease.moved_at = now
+        elif still and not self._watcher.busy:
+            self._watcher.ask(partial(self._look_ahead, still), self._judge)
+
+    def _look_ahead(self, leases: list[Lease]) -> list[tuple[Lease, int | None]]:
+        """On the watcher's thread, through a client of its own: what each lease could read next."""
+        found: list[tuple[Lease, int | None]] = []
+        with contextlib.suppress(ConnectorError), probing(self._config) as probe:
+            for lease in leases:
+                if lease.open and not self._watcher.closing:
+                    reached = lease.gaps.highest
+                    start = probe.begin(self._topic, lease.partition) if reached is None else reached + 1
+                    found.append((lease, probe.readable_from(self._topic, lease.partition, start)))
+        return found
+
+    def _judge(self, found: list[tuple[Lease, int | None]]) -> None:
+        now = self._clock()
+        for lease, readable in found:
+            if readable is None or now - lease.moved_at <= STALLED:
+                lease.suspected = None
+                lease.moved_at = now
+            elif lease.suspected != readable:
+                lease.suspected = readable  # it may have come this very moment: look once more
+            elif lease.open:
+                self._problem = f"partition {lease.partition} does not move past offset {readable}"
+                self._trouble.say("stalled", self._problem)
+                self._disconnect(commit=True)
+                return
+
+    def _reconnect(self) -> list[Message]:
+        self._connect()
+        self._problem = None
+        return []
+
+    # Asked by others
+
+    def _statistics(self, topics: dict[str, Any]) -> None:
+        """Once a second, on whichever thread polls: how far behind the end each partition is."""
+        partitions = topics.get(self._topic, {}).get("partitions", {})
+        self._lags = {int(p): s["consumer_lag"] for p, s in partitions.items() if s["consumer_lag"] >= 0}
+
+    def lag(self) -> int | None:
+        """Offsets not yet received in the partitions held, as last told; None before the first word of it."""
+        lags = self._lags
+        known = [lags[p] for p in self._leases if p in lags]
+        return sum(known) if known else None
+
+    def exhausted(self) -> bool:
+        """Every partition of the topic is committed to its end, or read to it by this worker."""
+        with probing(self._config) as probe:
+            for partition in range(self._partitions):
+                lease = self._leases.get(partition)
+                reached = lease.gaps.highest if lease else None
+                start = probe.begin(self._topic, partition) if reached is None else reached + 1
+                if probe.readable_from(self._topic, partition, start) is not None:
+                    return False
+        return True
+
+    def void(self, message: Message) -> bool:
+        """The partition was revoked, lost, or assigned anew since."""
+        lease, _ = message.receipt  # type: ignore[misc]  # this source's receipts are (Lease, int)
+        return not lease.open
+
+    def locate(self, message: Message) -> str:
+        """`kafka:topic/partition/offset`."""
+        lease, offset = message.receipt  # type: ignore[misc]  # this source's receipts are (Lease, int)
+        return f"{self.name}/{lease.partition}/{offset}"
+
+    def healthy(self) -> str | None:
+        """A stalled partition, brokers away, or a refusal."""
+        return self._problem or self._trouble.away()
+
+
+# The sink
+
+
+class KafkaClient:
+    """One producer, shared by the sinks of one cluster; numbered by `generation`, because a fatal error ends it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = producer_config(config)
+        self._open = 0
+        self.trouble = Trouble()
+        self.pending: dict[_Write, None] = {}
+        self.finished: deque[_Write] = deque()
+
+    def open(self, bell: Bell) -> None:
+        """Start the producer for the first sink that opens."""
+        self._open += 1
+        if self._open == 1:
+            self._bell = bell
+            self._start()
+
+    def _start(self) -> None:
+        self.fatal = False
+        self.producer = producer = new_client(Producer, self._config | self.trouble.callbacks())
+        # poll returns at the first callback it has served, so a parked thread wakes with the first report.
+        self._parking = Parking(lambda: producer.poll(PARK) > 0 and bool(self.finished), self._bell)
+
+    def tick(self) -> None:
+        """Serve delivery reports, then tell whoever wrote."""
+        if not self._parking.parked:
+            self.producer.poll(0)
+        while self.finished:
+            write = self.finished.popleft()
+            self.pending.pop(write, None)
+            write.done(sorted(write.failures, key=itemgetter(0)))
+        if self.fatal:
+            # Everything still queued is reported as failed by the purge, and written again by its owner.
+            self._parking.close()
+            self.producer.purge()
+            self.producer.flush(1.0)
+            self._start()
+
+    def rest(self) -> None:
+        """Park a thread in the producer's poll while reports are awaited."""
+        if self.pending:
+            self._parking.park()
+
+    def close(self, timeout: float) -> None:
+        """For the last sink that closes: wait for what is pending, then drop it."""
+        self._open -= 1
+        if self._open:
+            return
+        self._parking.close()
+        self.producer.flush(timeout)
+        self.producer.purge()
+        self.producer.flush(0.1)
+        self.tick()
+
+
+class _Write:
+    """The records of one `write` and what became of them; `left` counts reports to come."""
+
+    __slots__ = ("client", "done", "failures", "left", "since")
+
+    def __init__(self, client: KafkaClient, left: int, done: Done, since: float) -> None:
+        self.client = client
+        self.left = left
+        self.done = done
+        self.failures: list[Failure] = []
+        self.since = since
+
+    def report(self, position: int, error: KafkaError | None, _message: Raw | None) -> None:
+        if error is not None:
+            if error.fatal():
+                self.client.fatal = True
+            self.fail(position, write_error(error))
+            return
+        self.left -= 1
+        if not self.left:
+            self.client.finished.append(self)
+
+    def fail(self, position: int, error: ConnectorError) -> None:
+        self.failures.append((position, error))
+        self.left -= 1
+        if not self.left:
+            self.client.finished.append(self)
+
+
+class KafkaSink:
+    """Records to one topic, durable when every in-sync replica has them.
+
+    A record goes to the partition number its request came from when both topics have as many partitions, so a keyed
+    request and its outcome stay together; else the key decides, as Java producers do.
+    """
+
+    def __init__(
+        self, topic: str, client: KafkaClient, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = f"kafka:{topic}"
+        self._topic = topic
+        self._client = client
+        self._clock = clock
+        self._opened = False
+        self._closed = False
+
+    def open(self, bell: Bell) -> None:
+        """Start the client and see that the topic is there and may be written."""
+        if not self._opened:
+            self._client.open(bell)
+            self._opened = True
+        self._partitions = reach_topic(self._client.producer, self._topic, self._client.trouble)
+
+    def write(self, records: Records, done: Done) -> None:
+        """Hand all records to the client at once; `done` comes with the last delivery report."""
+        client = self._client
+        write = _Write(client, len(records), done, self._clock())
+        client.pending[write] = None
+        produce, topic, report = client.producer.produce, self._topic, write.report
+        for position, (message, key, body, headers) in enumerate(
+            zip(records.messages, records.keys, records.bodies, records.headers, strict=True)
+        ):
+            receipt = message.receipt
+            partition = receipt[0].partition if type(receipt) is tuple and type(receipt[0]) is Lease else -1
+            if partition >= self._partitions:
+                partition = -1
+            try:
+                produce(topic, body, key, partition, partial(report, position), headers=headers)
+            except BufferError:
+                write.fail(position, Unavailable("kafka: the producer's queue is full"))
+            except KafkaException as error:
+                write.report(position, error.args[0], None)
+
+    def tick(self) -> None:
+        """Serve the client's callbacks."""
+        self._client.tick()
+
+    def rest(self) -> None:
+        """Park the client while reports are awaited."""
+        self._client.rest()
+
+    def healthy(self) -> str | None:
+        """Brokers away or refusing, or a write unconfirmed for ten seconds."""
+        for write in self._client.pending:
+            if self._clock() - write.since > 2 * REACH:
+                return f"{self.name}: a write has not been confirmed for {self._clock() - write.since:.0f} s"
+            break
+        return self._client.trouble.away()
+
+    def close(self, timeout: float) -> None:
+        """Wait for pending writes, then drop them."""
+        if self._opened and not self._closed:
+            self._closed = True
+            self._client.close(timeout)
+
+
+# Settings of the clients
+
+
+def consumer_config(config: Config, group: str, start: str, max_inflight: int, max_bytes: int) -> dict[str, Any]:
+    """Our defaults under the user's properties. Small prefetch, refilled at once: a backlog must not fill memory."""
+    defaults: dict[str, Any] = {
+        "group.id": group,
+        "auto.offset.reset": start,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "queued.min.messages": min(100_000, max(1000, 2 * max_inflight)),
+        "queued.max.messages.kbytes": max(1024, min(32 * 1024, max_bytes // 4096)),
+        "fetch.queue.backoff.ms": 5,  # at the default 1000 a small prefetch starves: 8,000 messages/s
+        "fetch.max.bytes": 16 * 2**20,
+        "client.id": "inferbus",
+        "log.connection.close": False,
+    }
+    if config.get("group.protocol") != "consumer":
+        defaults["partition.assignment.strategy"] = "cooperative-sticky"
+    merged = defaults | dict(config)
+    for forbidden in ("enable.auto.commit", "enable.auto.offset.store"):
+        if str(merged[forbidden]).lower() != "false":
+            raise Misconfigured(f"source.kafka.config.{forbidden} must stay false: offsets are committed by outcome")
+    return merged
+
+
+def producer_config(config: Config) -> dict[str, Any]:
+    """Our defaults under the user's properties: idempotent, acknowledged by all, never given up by the client."""
+    consumer_only = ("group.", "fetch.", "queued.", "auto.offset", "max.poll", "session.", "heartbeat.", "isolation.")
+    own = {k: v for k, v in config.items() if not k.startswith((*consumer_only, "partition.assignment"))}
+    defaults: dict[str, Any] = {
+        "acks": "all",
+        "enable.idempotence": True,
+        "linger.ms": 1,
+        "message.timeout.ms": 0,  # the client retries in order and without doubles; giving up would cost both
+        "partitioner": "murmur2_random",  # where a Java producer would put the key
+        "client.id": "inferbus",
+        "log.connection.close": False,
+    }
+    return defaults | own
+
+
+def new_client(kind: type[Any], config: Config) -> Any:
+    """A client, or `Misconfigured` with librdkafka's own words about the property."""
+    try:
+        return kind(dict(config))
+    except (KafkaException, TypeError, ValueError) as error:
+        text = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+        raise Misconfigured(f"kafka config: {text}") from None
+
+
+def reach_topic(client: Any, topic: str, trouble: Trouble) -> int:
+    """The topic's number of partitions.
+
+    Raises:
+        Unavailable: No broker answers, the topic is missing, or reading about it is forbidden.
+    """
+    try:
+        listed = client.list_topics(topic, timeout=REACH).topics[topic]
+    except KafkaException as error:
+        client.poll(0)  # serves the error callback, which knows more than the call
+        why = trouble.last or error.args[0].str()
+        raise Unavailable(f"kafka: no broker answered within {REACH:.0f} s ({why})") from None
+    if listed.error is None:
+        return len(listed.partitions)
+    if listed.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+        raise Unavailable(f'kafka: topic "{topic}" does not exist; create it, or correct the name')
+    raise Unavailable(f'kafka: topic "{topic}": {listed.error.str()}')
+
+
+@contextlib.contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Errors of the client as ours."""
+    try:
+        yield
+    except KafkaException as exception:
+        error = exception.args[0]
+        if error.fatal() or error.code() in FENCED:
+            raise Fatal(f"kafka: {doing}: {error.str()}") from None
+        raise Unavailable(f"kafka: {doing}: {error.str()}") from None
+
+
+FENCED = {KafkaError.FENCED_INSTANCE_ID, KafkaError._FATAL}
+UNREADABLE = {KafkaError._BAD_COMPRESSION, KafkaError._BAD_MSG}
+REFUSED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError._AUTHENTICATION,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+}
+
+
+def write_error(error: KafkaError) -> ConnectorError:
+    """Why one record was not written, in terms of what to do next."""
+    if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE):
+        return TooLarge(f"kafka: {error.str()}")
+    return Unavailable(f"kafka: {error.str()}")
+
+
+# Poison batches
+
+
+def end_of_unreadable(config: Config, topic: str, partition: int, first: int) -> int:
+    """One past the last offset of the unreadable batch that holds `first`.
+
+    Every fetch from inside the batch fails alike, so double the step until one does not, then halve.
+    """
+    with probing(config) as probe:
+        bad, good, step = first, None, 1
+        while good is None:
+            found, at = probe.look(topic, partition, bad + step)
+            if found == "bad":
+                bad, step = bad + step, step * 2
+            else:
+                good = min(at, bad + step)
+        while good - bad > 1:
+            middle = (bad + good) // 2
+            if probe.look(topic, partition, middle)[0] == "bad":
+                bad = middle
+            else:
+                good = middle
+    return good
+
+
+class Probe:
+    """A client outside the group that looks at offsets. Blocks; every method raises `Unavailable` when nobody answers."""
+
+    def __init__(self, client: Consumer, *, earliest: bool) -> None:
+        self._client = client
+        self._earliest = earliest
+
+    def look(self, topic: str, partition: int, offset: int) -> tuple[str, int]:
+        """What a fetch at `offset` gives: `message`, `bad` or `end`, and at which offset."""
+        self._client.assign([TopicPartition(topic, partition, offset)])
+        until = time.monotonic() + 2 * REACH
+        while time.monotonic() < until:
+            m = self._client.poll(PARK)
+            if m is None:
+                continue
+            code = m.error() and m.error().code()
+            if code is None:
+                return "message", m.offset()
+            if code in UNREADABLE:
+                return "bad", m.offset()
+            if code == KafkaError._PARTITION_EOF:
+                return "end", m.offset()
+        raise Unavailable(f"kafka: {topic}/{partition} could not be read at offset {offset}")
+
+    def readable_from(self, topic: str, partition: int, offset: int) -> int | None:
+        """The first offset at or after `offset` that holds a record; None when the partition ends before."""
+        with translated("look"):
+            _, end = self._client.get_watermark_offsets(TopicPartition(topic, partition), REACH)
+        if offset >= end:
+            return None
+        found, at = self.look(topic, partition, offset)
+        return None if found == "end" else at
+
+    def begin(self, topic: str, partition: int) -> int:
+        """Where the group would begin to read."""
+        place = TopicPartition(topic, partition)
+        with translated("look"):
+            committed: int = self._client.committed([place], REACH)[0].offset
+            low, end = self._client.get_watermark_offsets(place, REACH)
+        if committed >= 0:
+            return committed
+        return int(low if self._earliest else end)
+
+
+@contextlib.contextmanager
+def probing(config: Config) -> Iterator[Probe]:
+    """A `Probe` with the settings of a source."""
+    own = {k: v for k, v in config.items() if k != "group.instance.id"}
+    client = new_client(Consumer, own | {"enable.partition.eof": True, "queued.min.messages": 1, "logger": log})
+    try:
+        yield Probe(client, earliest=config.get("auto.offset.reset") in ("earliest", "smallest", "beginning"))
+    finally:
+        client.close()

@@ -1,0 +1,406 @@
+"""Open Inference Protocol V2: requests as JSON or as JSON with raw tensors, answers likewise.
+
+First and last step of a message's path for `requests: {format: v2}`; the answers also serve `raw` and `text`.
+
+Read are `id` (a string), `inputs` (`name`, `shape`, `datatype`, and `data`, flat or nested, or raw data announced
+by `binary_data_size`), `outputs` (a choice, each with or without `binary_data`) and `binary_data_output`. Other keys
+and parameters are ignored. Null stands for an absent `id`, `parameters` or `outputs`; of a key that comes twice the
+last one counts. Raw tensors follow the JSON in the order of the inputs; header `inference-header-content-length`
+says where the JSON ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, chain
+from math import prod
+from operator import mul
+from typing import Any, NamedTuple
+
+import orjson
+
+from inferbus.models.base import Array, InvalidRequest, ModelInfo, Signature, Tensors, TensorSpec
+from inferbus.models.columns import (
+    JSON_ANSWER,
+    ChunkDecoder,
+    Headers,
+    Lane,
+    Limits,
+    Packers,
+    Part,
+    Share,
+    check_shape,
+    dims_text,
+    index_text,
+    json_texts,
+    kind,
+    parse_object,
+    quote,
+    raw_elements,
+    refuse,
+    row_texts,
+    spell_booleans,
+    unnest,
+)
+
+JSON_LENGTH = "inference-header-content-length"
+_MOST_SHAPES = (
+    4096  # remembered per input; forgotten together beyond, so that nobody can grow a worker with shapes
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request asks of its answer beyond an id: these outputs in this order, each raw or as JSON."""
+
+    id: str | None
+    outputs: tuple[tuple[str, bool], ...]
+
+
+class V2Answers:
+    """Writes V2 responses. An ask is None, the id that stood in the request's body, or an `Ask`."""
+
+    def __init__(self, signature: Signature, info: ModelInfo) -> None:
+        self.outputs = {spec.name: spec for spec in signature.outputs}
+        self._start = b'{"model_name":%b,"model_version":%b,"id":' % tuple(
+            json_texts((info.name, info.version))
+        )
+
+    def encode(
+        self, outputs: Tensors, rows: Sequence[int], asks: Sequence[object], ids: Sequence[str]
+    ) -> tuple[list[bytes], list[Headers]]:
+        """See `Codec.encode`."""
+        id_texts = json_texts([_answer_id(ask, id_) for ask, id_ in zip(asks, ids, strict=True)])
+        if Ask in set(map(type, asks)):
+            return self._encode_each(outputs, rows, asks, id_texts)
+        texts = [_texts(spec, outputs[name], rows) for name, spec in self.outputs.items()]
+        templates = {n: self._template(outputs, n) for n in set(rows)}
+        bodies = [
+            templates[n] % fields for n, fields in zip(rows, zip(id_texts, *texts, strict=True), strict=True)
+        ]
+        return bodies, [JSON_ANSWER] * len(bodies)
+
+    def _template(self, outputs: Tensors, rows: int) -> bytes:
+        """The answer to a request of so many rows, `%b` standing for its id and for the elements of each output."""
+        tensors = [_tensor_start(spec, outputs[name], rows) for name, spec in self.outputs.items()]
+        whole = (
+            self._start
+            + b'\0,"outputs":['
+            + b",".join(tensor + b',"data":[\0]}' for tensor in tensors)
+            + b"]}"
+        )
+        return whole.replace(b"%", b"%%").replace(b"\0", b"%b")  # JSON text never holds a NUL
+
+    def _encode_each(
+        self, outputs: Tensors, rows: Sequence[int], asks: Sequence[object], id_texts: Sequence[bytes]
+    ) -> tuple[list[bytes], list[Headers]]:
+        everything = tuple((name, False) for name in self.outputs)
+        choices = [ask.outputs if isinstance(ask, Ask) else everything for ask in asks]
+        as_json = {name for choice in choices for name, raw in choice if not raw}
+        texts = {name: _texts(self.outputs[name], outputs[name], rows) for name in as_json}
+        bodies: list[bytes] = []
+        headers: list[Headers] = []
+        for i, (choice, n, end) in enumerate(zip(choices, rows, accumulate(rows), strict=True)):
+            tensors, raws = [], []
+            for name, raw in choice:
+                tensor = _tensor_start(self.outputs[name], outputs[name], n)
+                if raw:
+                    raws.append(_raw_bytes(self.outputs[name], outputs[name][end - n : end]))
+                    tensors.append(tensor + b',"parameters":{"binary_data_size":%d}}' % len(raws[-1]))
+                else:
+                    tensors.append(tensor + b',"data":[%b]}' % texts[name][i])
+            head = self._start + id_texts[i] + b',"outputs":[' + b",".join(tensors) + b"]}"
+            bodies.append(b"".join((head, *raws)))
+            headers.append(_raw_answer(len(head)) if raws else JSON_ANSWER)
+        return bodies, headers
+
+
+class _Layout(NamedTuple):
+    """What the shapes of a request come to, worked out once for all requests that have them."""
+
+    rows: int
+    lane: Lane
+    lengths: tuple[int, ...]  # of the part of each input
+
+
+class V2Codec(ChunkDecoder, V2Answers):
+    """`requests: {format: v2}`: see the module."""
+
+    def __init__(self, signature: Signature, info: ModelInfo, limits: Limits) -> None:
+        ChunkDecoder.__init__(self, signature.inputs, limits)
+        V2Answers.__init__(self, signature, info)
+        self._specs = {spec.name: spec for spec in self.inputs}
+        self._packers = {spec.name: Packers(spec.datatype) for spec in self.inputs}
+        # Asked with tuples of ints only, for True and 1.0 would find the entry of 1.
+        self._layout = lru_cache(maxsize=4096)(self._check_layout)
+
+    def at_once(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterable[Share]:
+        """See `ChunkDecoder.at_once`. After parsing, nearly every line is one pass over the run."""
+        if any(name.lower() == JSON_LENGTH for name in {name for head in headers for name, _ in head}):
+            raise LookupError
+        requests = list(map(self._parse_and_pack, bodies))
+        asks = self._asks(requests)
+        columns = self._columns(requests)
+        shapes: list[_Shapes] = list(zip(*map(_shapes, columns), strict=True))
+        known = {shape: self._layout(shape) for shape in set(shapes)}
+        layouts = [known[shape] for shape in shapes]
+        parts = [[tensor["data"] for tensor in column] for column in columns]
+        for j, packed in enumerate(parts):
+            if list(map(len, packed)) != [layout.lengths[j] for layout in layouts]:
+                raise LookupError
+        for i in spell_booleans(bodies):
+            self.exact(bodies[i], headers[i])  # packing has taken true and false for numbers
+        rows = [layout.rows for layout in layouts]
+        if len({layout.lane for layout in known.values()}) == 1:
+            return [Share(layouts[0].lane, rows, asks, parts)]
+        return [
+            Share(layout.lane, [layout.rows], [ask], [[part] for part in own])
+            for layout, ask, *own in zip(layouts, asks, *parts, strict=True)
+        ]
+
+    def _parse_and_pack(self, body: bytes) -> Any:
+        """One request with the elements of its inputs packed: the numbers are dropped while they lie in the cache."""
+        request = orjson.loads(body)
+        for tensor in request["inputs"]:
+            values = tensor["data"]
+            if type(values) is not list:
+                raise LookupError
+            if type(values[0]) is list:
+                values = unnest(values, tensor["shape"], "data")
+            tensor["data"] = self._packers[tensor["name"]][len(values)](*values)
+        return request
+
+    def _columns(self, requests: Sequence[Any]) -> list[list[Any]]:
+        """Per input of the signature its tensors, one of each request."""
+        lists = [request["inputs"] for request in requests]
+        width = len(self.inputs)
+        if set(map(len, lists)) != {width}:
+            raise LookupError
+        flat = list(chain.from_iterable(lists))
+        if set(map(len, flat)) != {4} and any(_binary_size(tensor) is not None for tensor in flat):
+            raise LookupError
+        # Requests of one client list their inputs alike, if not in the order of the signature.
+        places = {tensor["name"]: place for place, tensor in enumerate(lists[0])}
+        columns = [flat[places[spec.name] :: width] for spec in self.inputs]
+        for spec, column in zip(self.inputs, columns, strict=True):
+            names = [tensor["name"] for tensor in column]
+            datatypes = [tensor["datatype"] for tensor in column]
+            if names.count(spec.name) != len(column) or datatypes.count(spec.datatype) != len(column):
+                raise LookupError
+        return columns
+
+    def exact(self, body: bytes, headers: Headers) -> Share:
+        """See `ChunkDecoder.exact`."""
+        head, tail = _split(body, headers)
+        request = parse_object(head)
+        ask = self._ask(request)
+        tensors = self._tensors(request)
+        shapes = {name: _dims(where, tensor) for name, (where, tensor) in tensors.items()}
+        layout = self._layout(tuple(shapes[spec.name] for spec in self.inputs))
+        parts: dict[str, Part] = {}
+        for name, (where, tensor) in tensors.items():  # in the order of the request, for so lie raw tensors
+            try:
+                parts[name] = self._elements(name, tensor, shapes[name], tail)
+            except InvalidRequest as fault:
+                raise refuse(f"{where}: {fault}") from None
+        tail.close()
+        return Share(layout.lane, [layout.rows], [ask], [[parts[spec.name]] for spec in self.inputs])
+
+    def _tensors(self, request: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """The inputs of one request by name, each with its place in words: all there, of the right datatype."""
+        tensors = request.get("inputs", ...)
+        if type(tensors) is not list:
+            raise refuse(f"inputs is {kind(tensors)}, expected a list")
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for i, tensor in enumerate(tensors):
+            if type(tensor) is not dict:
+                raise refuse(f"inputs[{i}] is {kind(tensor)}, expected an object")
+            name = tensor.get("name", ...)
+            if type(name) is not str:
+                raise refuse(f"inputs[{i}]: name is {kind(name)}, expected a string")
+            where = f"inputs[{i}] {quote(name)}"
+            if name not in self._packers:
+                raise refuse(f"{where} is unknown, expected {_names(self._packers)}")
+            if name in found:
+                raise refuse(f"{where} is there twice, expected once")
+            datatype, wanted = tensor.get("datatype", ...), self._packers[name].datatype
+            if datatype != wanted:
+                text = quote(datatype) if type(datatype) is str else kind(datatype)
+                raise refuse(f"{where}: datatype is {text}, expected {wanted}")
+            found[name] = (where, tensor)
+        if len(found) < len(self.inputs):
+            raise refuse(f"inputs: {_names(self._packers.keys() - found.keys())} missing")
+        return found
+
+    def _check_layout(self, shapes: _Shapes) -> _Layout:
+        for spec, dims in zip(self.inputs, shapes, strict=True):
+            try:
+                check_shape(spec, dims, self.limits)
+            except InvalidRequest as fault:
+                raise refuse(f"input {quote(spec.name)}: {fault}") from None
+            if dims[0] != shapes[0][0]:
+                first = f"{quote(self.inputs[0].name)} has {shapes[0][0]}"
+                raise refuse(f"input {quote(spec.name)}: shape has {dims[0]} rows, but {first}")
+        rows, counts = shapes[0][0], [prod(dims) for dims in shapes]
+        if rows > 1 and not any(counts):
+            # Rows that cost no byte could be claimed by the million, and the model would answer them all.
+            raise refuse(f"inputs: {rows} rows without an element, expected 1 at most")
+        sizes = [1 if spec.datatype == "BYTES" else spec.dtype.itemsize for spec in self.inputs]
+        return _Layout(rows, tuple(dims[1:] for dims in shapes), tuple(map(mul, counts, sizes)))
+
+    def _elements(self, name: str, tensor: dict[str, Any], dims: tuple[int, ...], tail: _Tail) -> Part:
+        count = prod(dims)
+        values = tensor.get("data", ...)
+        size = _binary_size(tensor)
+        if size is not None:
+            if values is not ...:
+                raise refuse("data and binary_data_size are both there, expected one of them")
+            return raw_elements(self._specs[name], tail.take(size), count)
+        if type(values) is not list:
+            raise refuse(f"data is {kind(values)}, expected a list")
+        if len(dims) > 1 and values and type(values[0]) is list:
+            values = unnest(values, dims, "data")
+        elif len(values) != count:
+            raise refuse(f"data has {len(values)} elements, expected {count} for shape {dims_text(dims)}")
+        else:
+            dims = (count,)
+        return self._packers[name].exactly(values, lambda at: "data" + index_text(at, dims))
+
+    def _asks(self, requests: Sequence[Any]) -> Sequence[object]:
+        keys = set(chain.from_iterable(requests))
+        if "outputs" in keys or "parameters" in keys:
+            return list(map(self._ask, requests))
+        ids = [request.get("id") for request in requests]
+        if not {str, type(None)}.issuperset(map(type, ids)):
+            raise LookupError
+        return ids
+
+    def _ask(self, request: dict[str, Any]) -> object:
+        id_ = request.get("id")
+        if id_ is not None and type(id_) is not str:
+            raise refuse(f"id is {kind(id_)}, expected a string")
+        raw = _flag(request, "binary_data_output", "", default=False)
+        outputs = request.get("outputs")
+        if outputs is not None and type(outputs) is not list:
+            raise refuse(f"outputs is {kind(outputs)}, expected a list")
+        if not outputs:
+            return Ask(id_, tuple((name, True) for name in self.outputs)) if raw else id_
+        chosen: dict[str, bool] = {}
+        for i, output in enumerate(outputs):
+            if type(output) is not dict:
+                raise refuse(f"outputs[{i}] is {kind(output)}, expected an object")
+            name = output.get("name")
+            if type(name) is not str:
+                raise refuse(f"outputs[{i}]: name is {kind(output.get('name', ...))}, expected a string")
+            if name not in self.outputs:
+                raise refuse(f"outputs[{i}] {quote(name)} is unknown, expected {_names(self.outputs)}")
+            if name in chosen:
+                raise refuse(f"outputs[{i}] {quote(name)} is there twice, expected once")
+            chosen[name] = _flag(output, "binary_data", f"outputs[{i}] {quote(name)}: ", default=raw)
+        return Ask(id_, tuple(chosen.items()))
+
+
+class _Tail:
+    """What follows the JSON of one request: raw tensors, to be taken in order."""
+
+    def __init__(self, raw: memoryview | None) -> None:
+        self._raw = raw
+
+    def take(self, size: int) -> memoryview:
+        if self._raw is None:
+            raise refuse(f"binary_data_size came without the header {JSON_LENGTH}")
+        if size > len(self._raw):
+            raise refuse(f"binary_data_size is {size}, but only {len(self._raw)} bytes are left in the body")
+        taken, self._raw = self._raw[:size], self._raw[size:]
+        return taken
+
+    def close(self) -> None:
+        if self._raw:
+            raise refuse(f"body has {len(self._raw)} bytes after the last raw tensor, expected none")
+
+
+def _split(body: bytes, headers: Headers) -> tuple[bytes | memoryview, _Tail]:
+    lengths = {value for name, value in headers if name.lower() == JSON_LENGTH}
+    if not lengths:
+        return body, _Tail(None)
+    text = lengths.pop()
+    if lengths or not text.isdigit() or len(text) > 20 or int(text) > len(body):
+        raise refuse(
+            f"header {JSON_LENGTH} is not the bytes of JSON in the body, an integer up to {len(body)}"
+        )
+    view = memoryview(body)
+    return view[: int(text)], _Tail(view[int(text) :])
+
+
+def _shapes(column: Sequence[Any]) -> list[tuple[int, ...]]:
+    shapes = [tensor["shape"] for tensor in column]
+    if not {int}.issuperset(map(type, chain.from_iterable(shapes))):
+        raise LookupError
+    return list(map(tuple, shapes))
+
+
+def _dims(where: str, tensor: dict[str, Any]) -> tuple[int, ...]:
+    shape = tensor.get("shape", ...)
+    if type(shape) is not list:
+        raise refuse(f"{where}: shape is {kind(shape)}, expected a list of integers")
+    for i, dim in enumerate(shape):
+        if type(dim) is not int:
+            raise refuse(f"{where}: shape[{i}] is {kind(dim)}, expected an integer")
+    return tuple(shape)
+
+
+def _binary_size(tensor: dict[str, Any]) -> int | None:
+    size = _parameters(tensor).get("binary_data_size")
+    if size is not None and (type(size) is not int or size < 0):
+        raise refuse(f"binary_data_size is {'negative' if type(size) is int else kind(size)}, expected bytes")
+    return size
+
+
+def _flag(owner: dict[str, Any], name: str, where: str, *, default: bool) -> bool:
+    flag = _parameters(owner, where).get(name)
+    if flag is not None and type(flag) is not bool:
+        raise refuse(f"{where}{name} is {kind(flag)}, expected true or false")
+    return default if flag is None else flag
+
+
+def _parameters(owner: dict[str, Any], where: str = "") -> dict[str, Any]:
+    parameters = owner.get("parameters")
+    if parameters is not None and type(parameters) is not dict:
+        raise refuse(f"{where}parameters is {kind(parameters)}, expected an object")
+    return parameters or {}
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(quote, sorted(names)))
+
+
+def _answer_id(ask: object, delivery_id: str) -> str:
+    """The id of the request's body, else the delivery's."""
+    id_ = ask.id if isinstance(ask, Ask) else ask
+    return delivery_id if id_ is None else str(id_)
+
+
+def _tensor_start(spec: TensorSpec, output: Array, rows: int) -> bytes:
+    tensor = {"name": spec.name, "datatype": spec.datatype, "shape": [rows, *output.shape[1:]]}
+    return orjson.dumps(tensor)[:-1]
+
+
+def _texts(spec: TensorSpec, output: Array, rows: Sequence[int]) -> list[bytes]:
+    """The elements of every answer as JSON, separated by commas."""
+    texts = row_texts(spec, output)
+    if len(texts) == len(rows):
+        return texts
+    return [b",".join(texts[end - n : end]) for n, end in zip(rows, accumulate(rows), strict=True)]
+
+
+def _raw_bytes(spec: TensorSpec, output: Array) -> bytes:
+    if spec.datatype != "BYTES":
+        return output.tobytes()
+    strings = [item if isinstance(item, bytes) else item.encode() for item in output.flat]
+    return b"".join(chain.from_iterable((len(string).to_bytes(4, "little"), string) for string in strings))
+
+
+def _raw_answer(length: int) -> Headers:
+    return (("content-type", b"application/octet-stream"), (JSON_LENGTH, b"%d" % length))

@@ -1,0 +1,211 @@
+"""The batcher, with time as an argument."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from inferbus.connectors.base import Message
+from inferbus.worker.batcher import PATIENCE, Batch, Batcher, Piece
+
+
+def piece(rows: list[int], arrived: float = 0.0, deadline: float | None = None, name: str = "m") -> Piece:
+    messages = [Message(f"{name}{i}", None, b"", (), None, 1, None) for i in range(len(rows))]
+    column = np.arange(sum(rows), dtype=np.float32).reshape(-1, 1)
+    return Piece(messages, rows, [None] * len(rows), {"x": column}, arrived, 4.0, deadline)
+
+
+def ids(batch: Batch | None) -> list[str]:
+    assert batch is not None
+    return [m.id for m in batch.messages]
+
+
+def test_an_idle_device_takes_what_is_there_at_once() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([1, 1]))
+    batch = batcher.take(0.0, idle=True)
+    assert ids(batch) == ["m0", "m1"]
+    assert batch is not None
+    assert batch.reason == "idle"
+
+
+def test_a_busy_device_gets_only_a_batch_that_cannot_grow() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([1, 1]))
+    assert batcher.take(0.0, idle=False) is None
+    batcher.put("lane", piece([1, 1, 1], name="n"))
+    batch = batcher.take(0.0, idle=False)
+    assert ids(batch) == ["m0", "m1", "n0", "n1"]
+    assert batch is not None
+    assert batch.reason == "full"
+    assert batch.inputs["x"].ravel().tolist() == [0, 1, 0, 1]
+    assert len(batcher) == 1
+
+
+def test_a_delay_holds_a_partial_batch_and_no_longer() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0.5)
+    batcher.put("lane", piece([1], arrived=1.0))
+    assert batcher.take(1.4, idle=True) is None
+    assert batcher.wake_at() == 1.5
+    batch = batcher.take(1.5, idle=True)
+    assert batch is not None
+    assert batch.reason == "delay"
+
+
+def test_draining_does_not_wait_for_the_delay() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0.5)
+    batcher.put("lane", piece([1]))
+    batch = batcher.take(0.0, idle=True, flush=True)
+    assert batch is not None
+    assert batch.reason == "drain"
+
+
+def test_bytes_limit_a_batch_like_rows_do() -> None:
+    batcher = Batcher(max_rows=100, max_bytes=12, max_delay=0)
+    batcher.put("lane", piece([1] * 7))
+    sizes = []
+    while (batch := batcher.take(0.0, idle=True)) is not None:
+        sizes.append(batch.total_rows)
+    assert sizes == [3, 3, 1]
+
+
+def test_unlike_requests_never_share_a_batch() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    batcher.put("short", piece([1], name="s"))
+    batcher.put("long", piece([1], name="l", arrived=0.1))
+    assert ids(batcher.take(1.0, idle=True)) == ["s0"]
+    assert ids(batcher.take(1.0, idle=True)) == ["l0"]
+
+
+def test_the_most_urgent_deadline_goes_first_and_nothing_starves() -> None:
+    batcher = Batcher(max_rows=1, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([1], arrived=0.0, name="patient"))
+    batcher.put("lane", piece([1], arrived=0.1, deadline=0.9, name="urgent"))
+    batcher.put("lane", piece([1], arrived=0.2, deadline=PATIENCE + 5.0, name="later"))
+    order = [ids(batcher.take(0.3, idle=True))[0] for _ in range(3)]
+    assert order == ["urgent0", "patient0", "later0"]
+
+
+def test_a_request_larger_than_a_batch_is_cut_and_put_together_again() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([1, 10, 1]))
+    whole = None
+    seen: list[tuple[str, int]] = []
+    while (batch := batcher.take(0.0, idle=True)) is not None:
+        row = 0
+        for i, (m, rows) in enumerate(zip(batch.messages, batch.rows, strict=True)):
+            seen.append((m.id, rows))
+            if i in batch.parts:
+                assembly, part = batch.parts[i]
+                whole = assembly.add(part, {"y": batch.inputs["x"][row : row + rows] * 2}) or whole
+            row += rows
+    assert Counter(rows for name, rows in seen if name == "m1") == {4: 2, 2: 1}
+    assert whole is not None
+    assert whole["y"].ravel().tolist() == [2.0 * i for i in range(1, 11)]
+
+
+def test_a_part_that_fails_fails_its_request_once() -> None:
+    batcher = Batcher(max_rows=2, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([6]))
+    first, second, third = (batcher.take(0.0, idle=True) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assembly, part = first.parts[0]
+    assert second.parts[0][0].fail("model_error", "why")
+    assert not third.parts[0][0].fail("model_error", "why")
+    assert assembly.add(part, {"y": np.zeros((2, 1))}) is None
+
+
+def test_expired_requests_come_out_without_a_device() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([1], deadline=5.0, name="a"))
+    batcher.put("lane", piece([9], deadline=5.0, name="b"))
+    batcher.put("lane", piece([1], deadline=6.0, name="c"))
+    assert batcher.expire(4.9) == []
+    assert sorted(m.id for m in batcher.expire(5.0)) == ["a0", "b0"]
+    assert ids(batcher.take(5.0, idle=True)) == ["c0"]
+    assert len(batcher) == 0
+
+
+def test_what_is_discarded_leaves_the_others_with_their_own_rows() -> None:
+    batcher = Batcher(max_rows=10, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([1, 2, 1]))
+    discarded = batcher.discard(lambda m: m.id == "m1")
+    assert [m.id for m in discarded] == ["m1"]
+    batch = batcher.take(0.0, idle=True)
+    assert ids(batch) == ["m0", "m2"]
+    assert batch is not None
+    assert batch.inputs["x"].ravel().tolist() == [0, 3]
+
+
+class BatcherMachine(RuleBasedStateMachine):
+    """Whatever is put in comes out exactly once, whole, with its own rows, in batches within the limits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batcher = Batcher(max_rows=5, max_bytes=24, max_delay=0.2)
+        self.now = 0.0
+        self.count = 0
+        self.waiting: dict[str, list[float]] = {}
+        self.parts: dict[str, int] = {}
+
+    @rule(rows=st.lists(st.integers(1, 13), min_size=1, max_size=5), lane=st.sampled_from("ab"))
+    def put(self, rows: list[int], lane: str) -> None:
+        self._put(rows, lane, None)
+
+    @rule(rows=st.integers(1, 13), lane=st.sampled_from("ab"), patience=st.floats(0.01, 3))
+    def put_urgent(self, rows: int, lane: str, patience: float) -> None:
+        self._put([rows], lane, self.now + patience)
+
+    def _put(self, rows: list[int], lane: str, deadline: float | None) -> None:
+        messages = []
+        values: list[float] = []
+        for n in rows:
+            self.count += 1
+            own = [self.count + i / 100 for i in range(n)]
+            messages.append(Message(f"{lane}{self.count}", None, b"", (), None, 1, None))
+            self.waiting[messages[-1].id] = own
+            values += own
+        column = np.array(values, np.float64).reshape(-1, 1)
+        self.batcher.put(lane, Piece(messages, rows, [None] * len(rows), {"x": column}, self.now, 4.0, deadline))
+
+    @rule(idle=st.booleans(), flush=st.booleans())
+    def take(self, idle: bool, flush: bool) -> None:
+        batch = self.batcher.take(self.now, idle=idle, flush=flush)
+        if batch is None:
+            return
+        assert batch.total_rows <= 5
+        assert idle or batch.reason == "full"
+        assert len({m.id[0] for m in batch.messages}) == 1
+        values = batch.inputs["x"].ravel().tolist()
+        assert len(values) == batch.total_rows
+        assert sum(count for _, count in batch.arrivals) == len(batch.messages)
+        for m, rows in zip(batch.messages, batch.rows, strict=True):
+            own, values = values[:rows], values[rows:]
+            expected = self.waiting[m.id][:rows]
+            assert own == expected
+            self.waiting[m.id] = self.waiting[m.id][rows:]
+            if not self.waiting[m.id]:
+                del self.waiting[m.id]
+
+    @rule(seconds=st.floats(0.01, 1))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for m in self.batcher.expire(self.now):
+            del self.waiting[m.id]
+
+    @rule(lane=st.sampled_from("ab"))
+    def discard(self, lane: str) -> None:
+        for m in self.batcher.discard(lambda m: m.id.startswith(lane)):
+            self.waiting.pop(m.id, None)  # a request in parts comes once for each part
+
+    @invariant()
+    def what_waits_is_counted(self) -> None:
+        assert len(self.batcher) == sum(map(len, self.waiting.values()))
+
+
+TestBatcher = BatcherMachine.TestCase

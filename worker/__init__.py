@@ -1,0 +1,1 @@
+"""The running program: pipeline file in, processes and batches inside, clean exit."""

@@ -1,0 +1,151 @@
+"""Executors on threads of their own: batches in through a queue, answers out through one, the bell rung for each.
+
+The model is the only thing that computes for long and releases the interpreter lock, so it is the only thing in a
+thread. A batch that raises is bisected here, beside the device, so that the pipeline goes on meanwhile: the culprit
+alone fails. When anything failed, the warm-up input is run again: if that fails too the device is sick, and nothing it
+said counts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import structlog
+
+from inferbus.connectors.base import Bell
+from inferbus.models.base import Executor, InvalidModel, Signature, Tensors
+from inferbus.models.codecs import check_outputs
+from inferbus.worker.batcher import Batch
+
+log = structlog.get_logger("inferbus.devices")
+
+HUNG = 300.0  # seconds one predict may take before the process reports itself dead
+
+
+@dataclass(slots=True)
+class Segment:
+    """Consecutive requests of a batch and their outputs, or None where predict failed on this request alone."""
+
+    start: int
+    stop: int
+    outputs: Tensors | None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What became of a batch; `sick` says that the device and not the data is to blame, and then nothing else counts."""
+
+    device: Device
+    batch: Batch
+    segments: list[Segment] = field(default_factory=list)
+    seconds: float = 0.0
+    sick: str | None = None
+
+
+class Device:
+    """One executor and its thread.
+
+    Args:
+        executor: Loaded, used and closed on the device's thread only.
+        probe: Makes the warm-up input at the largest batch: run at start, and again to tell a sick device from bad
+            rows.
+        answers: Where answers go.
+        bell: Rung after each answer, and when loading has ended.
+    """
+
+    def __init__(
+        self, executor: Executor, probe: Callable[[Signature], Tensors], answers: deque[Answer], bell: Bell
+    ) -> None:
+        self.executor = executor
+        self.queued = 0  # batches given and not yet answered to the pipeline
+        self.warm = False
+        self.failure: InvalidModel | None = None
+        self._probe = probe
+        self._answers = answers
+        self._bell = bell
+        self._busy_since: float | None = None
+        self._batches: SimpleQueue[Batch | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load; `warm` or `failure` is set when done."""
+        self._thread.start()
+
+    def submit(self, batch: Batch) -> None:
+        """Queue a batch."""
+        self.queued += 1
+        self._batches.put(batch)
+
+    def hung(self) -> str | None:
+        """A predict that has not come back for `HUNG` seconds, in words."""
+        since = self._busy_since
+        if since is not None and time.monotonic() - since > HUNG:
+            return f"a prediction has not returned for {time.monotonic() - since:.0f} s"
+        return None
+
+    def close(self, timeout: float) -> None:
+        """End the thread after what it is doing, if it ends in time; a daemon thread does not keep the process."""
+        self._batches.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            self.executor.load()
+            self._warm_up = self._probe(self.executor.signature)
+            self._predict(self._warm_up)
+            self.warm = True
+        except InvalidModel as error:
+            self.failure = error
+        except Exception as error:  # noqa: BLE001 - whatever a model raises at warm-up, it cannot be served
+            self.failure = InvalidModel(f"the warm-up batch failed: {type(error).__name__}: {error}")
+        self._bell.ring()
+        while (batch := self._batches.get()) is not None:
+            self._answers.append(self._serve(batch))
+            self._bell.ring()
+        self.executor.close()
+
+    def _predict(self, inputs: Tensors) -> Tensors:
+        rows = next(iter(inputs.values())).shape[0]
+        self._busy_since = time.monotonic()
+        try:
+            return check_outputs(self.executor.predict(inputs), rows, self.executor.signature)
+        finally:
+            self._busy_since = None
+
+    def _serve(self, batch: Batch) -> Answer:
+        began = time.perf_counter()
+        answer = Answer(self, batch)
+        answer.segments = self._bisect(batch, 0, len(batch.messages), 0)
+        if any(segment.outputs is None for segment in answer.segments):
+            answer.sick = self._sick()
+        answer.seconds = time.perf_counter() - began
+        return answer
+
+    def _bisect(self, batch: Batch, start: int, stop: int, row: int) -> list[Segment]:
+        """Segments for requests start..stop, whose first row is `row`; halves until the culprit is alone."""
+        rows = sum(batch.rows[start:stop])
+        inputs = batch.inputs
+        if rows < batch.total_rows:
+            inputs = {name: column[row : row + rows] for name, column in inputs.items()}
+        try:
+            return [Segment(start, stop, self._predict(inputs))]
+        except Exception as error:  # noqa: BLE001 - a model may raise anything, and one bad row harms only itself
+            if stop - start == 1:
+                log.warning("predict_failed", error=f"{type(error).__name__}: {error}", rows=rows)
+                return [Segment(start, stop, None)]
+        middle = (start + stop) // 2
+        left = self._bisect(batch, start, middle, row)
+        return left + self._bisect(batch, middle, stop, row + sum(batch.rows[start:middle]))
+
+    def _sick(self) -> str | None:
+        try:
+            self._predict(self._warm_up)
+        except Exception as error:  # noqa: BLE001 - as above
+            return f"the device fails on its warm-up input too: {type(error).__name__}: {error}"
+        return None

@@ -1,0 +1,85 @@
+"""`order: key`: per key, outcomes leave in the order their requests came.
+
+Batches still mix keys freely and finish in any order; an outcome that is early is held until those before it under the
+same key have left. Requests without a key have no order.
+
+Invariant: what is held is a subset of what is in flight, so the flow caps bound it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from inferbus.connectors.base import Message, Records
+from inferbus.worker.delivery import Kind, Outcomes
+
+_Ready = tuple[Kind, Message, bytes, list[tuple[str, bytes]], float]
+
+
+class KeyOrder:
+    """Holds early outcomes back."""
+
+    def __init__(self) -> None:
+        self._expected: dict[bytes, deque[Message]] = {}
+        self._held: dict[int, _Ready] = {}
+
+    def receive(self, messages: Sequence[Message]) -> None:
+        """Requests came, in this order."""
+        for m in messages:
+            if m.key is not None:
+                self._expected.setdefault(m.key, deque()).append(m)
+
+    def release(self, outcomes: Outcomes) -> list[Outcomes]:
+        """What may leave now, in order: of the given outcomes and of those held before."""
+        records = outcomes.records
+        leaving: list[_Ready] = []
+        arrivals = (at for at, count in outcomes.arrivals for _ in range(count))
+        for m, body, headers, arrived in zip(
+            records.messages, records.bodies, records.headers, arrivals, strict=True
+        ):
+            ready: _Ready = (outcomes.kind, m, body, headers, arrived)
+            if m.key is None:
+                leaving.append(ready)
+            else:
+                self._held[id(m)] = ready
+                leaving += self._unblock(m.key)
+        return self._gather(leaving)
+
+    def _unblock(self, key: bytes) -> list[_Ready]:
+        expected = self._expected[key]
+        free: list[_Ready] = []
+        while expected and (ready := self._held.pop(id(expected[0]), None)) is not None:
+            expected.popleft()
+            free.append(ready)
+        if not expected:
+            del self._expected[key]
+        return free
+
+    def forget(self, messages: Sequence[Message]) -> list[Outcomes]:
+        """These requests get no outcome from this worker; what waited behind them may leave."""
+        leaving: list[_Ready] = []
+        for m in messages:
+            self._held.pop(id(m), None)
+            if m.key is not None and m.key in self._expected:
+                self._expected[m.key] = deque(e for e in self._expected[m.key] if e is not m)
+                leaving += self._unblock(m.key)
+        return self._gather(leaving)
+
+    def _gather(self, leaving: list[_Ready]) -> list[Outcomes]:
+        """Consecutive outcomes of one kind together."""
+        runs: list[tuple[Kind, list[_Ready]]] = []
+        for ready in leaving:
+            if not runs or runs[-1][0] != ready[0]:
+                runs.append((ready[0], []))
+            runs[-1][1].append(ready)
+        return [
+            Outcomes(
+                kind,
+                Records(
+                    [r[1] for r in run], [r[1].key for r in run], [r[2] for r in run], [r[3] for r in run]
+                ),
+                [(r[4], 1) for r in run],
+            )
+            for kind, run in runs
+        ]
