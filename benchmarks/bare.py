@@ -39,7 +39,8 @@ def main() -> None:
     producer = Producer({"bootstrap.servers": args.brokers, "acks": "all"})
     left = args.messages
     while left > 0:
-        messages = [m for m in consumer.consume(args.rows, 0.1) if m.error() is None]
+        # Never asks for more than is left: `consume` waits for all it was asked for.
+        messages = [m for m in consumer.consume(min(args.rows, left), 0.1) if m.error() is None]
         if not messages:
             continue
         if args.binary:
@@ -55,7 +56,6 @@ def main() -> None:
         consumer.commit(asynchronous=True)
         left -= len(messages)
     producer.flush()
-    consumer.commit(asynchronous=False)
     consumer.close()
 
 

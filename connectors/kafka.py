@@ -56,6 +56,10 @@ STASH = 64  # messages kept from polls made without credit
 WATCH_EVERY = 5.0  # seconds between looks for partitions that do not move
 STALLED = 60.0  # seconds assigned, behind, asked and not moving: then the client is built anew
 
+# A receipt of this source is (Lease, offset).
+RECEIPT_LEASE: Callable[[Any], Lease] = itemgetter(0)
+RECEIPT_OFFSET: Callable[[Any], int] = itemgetter(1)
+
 Config = Mapping[str, Any]
 log = logging.getLogger("inferbus.kafka")
 
@@ -248,10 +252,9 @@ class KafkaSource:
     def _accept(self, raw: list[Raw]) -> list[Message]:
         """Messages of the leases held now, tracked; records that carry an error are dealt with."""
         messages: list[Message] = []
+        failed: list[Raw] = []
         if any(map(Raw.error, raw)):
-            for m in raw:
-                if m.error() is not None:
-                    messages += self._on_error(m)
+            failed = [m for m in raw if m.error() is not None]
             raw = [m for m in raw if m.error() is None]
         if raw:
             self._trouble.clear_refusal()
@@ -259,6 +262,8 @@ class KafkaSource:
             lease = self._leases.get(partition)
             if lease is not None:  # else revoked while the client handed these over; the next owner gets them
                 messages += self._track(lease, list(run))
+        for m in failed:  # last: an unreadable batch is reported ahead of the records before it
+            messages += self._on_error(m)
         return messages
 
     def _track(self, lease: Lease, run: list[Raw]) -> list[Message]:
@@ -285,34 +290,34 @@ class KafkaSource:
         self._trouble.note(error)
         return []
 
-    def _skip(self, lease: Lease, first: int, reason: str) -> list[Message]:
-        """One `Unreadable` for each offset of the poison batch that begins at `first`, and the client moved past it.
+    def _skip(self, lease: Lease, bad: int, reason: str) -> list[Message]:
+        """One `Unreadable` for each offset of the poison batch that holds `bad`, and the client moved past it.
 
         The client would report the same batch for ever: its position never moves, and it does not say where the batch
         ends. So a second client, outside the group, looks for the first offset after it that can be read.
         """
-        assert self._consumer is not None  # noqa: S101
+        assert self._consumer is not None  # noqa: S101 - narrows the type
         highest = lease.gaps.highest
-        if highest is not None and first <= highest:
-            first = highest + 1
-        end = end_of_unreadable(self._config, self._topic, lease.partition, first)
+        with probing(self._config) as probe:
+            first = probe.begin(self._topic, lease.partition) if highest is None else highest + 1
+            if first < bad and probe.look(self._topic, lease.partition, first)[0] == "message":
+                return []  # records before the batch are still to come; the client will report it again after them
+            end = probe.end_of_unreadable(self._topic, lease.partition, max(first, bad))
         with translated("seek"):
             self._consumer.seek(TopicPartition(self._topic, lease.partition, end))
-        offsets = range(first, end)
+        offsets = range(max(first, bad), end)
         lease.gaps.receive(offsets, 0)
         text = f"the record batch could not be read by the client ({reason})"
         return [
-            Unreadable(f"{self._topic}-{lease.partition}-{o}", None, (lease, o), "too_large", text)
-            for o in offsets
+            Unreadable(f"{self._topic}-{lease.partition}-{o}", None, (lease, o), "too_large", text) for o in offsets
         ]
 
     # Settling
 
     def settle(self, messages: Sequence[Message]) -> None:
-        """Mark as done; the prefix is committed when it has grown by a quarter of the flow, or 100 ms after it moved."""
-        receipts: list[tuple[Lease, int]] = [m.receipt for m in messages]  # type: ignore[misc]  # this source's own
-        for lease, run in groupby(receipts, itemgetter(0)):
-            lease.gaps.settle(offset for _, offset in run)
+        """Mark as done; the prefix is committed once it grew by a quarter of the flow, or 100 ms after it moved."""
+        for lease, run in groupby([m.receipt for m in messages], RECEIPT_LEASE):
+            lease.gaps.settle(map(RECEIPT_OFFSET, run))
         if self._commit_at is None:
             self._commit_at = self._clock() + COMMIT_EVERY
 
@@ -559,13 +564,12 @@ class KafkaSource:
 
     def void(self, message: Message) -> bool:
         """The partition was revoked, lost, or assigned anew since."""
-        lease, _ = message.receipt  # type: ignore[misc]  # this source's receipts are (Lease, int)
-        return not lease.open
+        return not RECEIPT_LEASE(message.receipt).open
 
     def locate(self, message: Message) -> str:
         """`kafka:topic/partition/offset`."""
-        lease, offset = message.receipt  # type: ignore[misc]  # this source's receipts are (Lease, int)
-        return f"{self.name}/{lease.partition}/{offset}"
+        receipt = message.receipt
+        return f"{self.name}/{RECEIPT_LEASE(receipt).partition}/{RECEIPT_OFFSET(receipt)}"
 
     def healthy(self) -> str | None:
         """A stalled partition, brokers away, or a refusal."""
@@ -830,30 +834,8 @@ def write_error(error: KafkaError) -> ConnectorError:
 # Poison batches
 
 
-def end_of_unreadable(config: Config, topic: str, partition: int, first: int) -> int:
-    """One past the last offset of the unreadable batch that holds `first`.
-
-    Every fetch from inside the batch fails alike, so double the step until one does not, then halve.
-    """
-    with probing(config) as probe:
-        bad, good, step = first, None, 1
-        while good is None:
-            found, at = probe.look(topic, partition, bad + step)
-            if found == "bad":
-                bad, step = bad + step, step * 2
-            else:
-                good = min(at, bad + step)
-        while good - bad > 1:
-            middle = (bad + good) // 2
-            if probe.look(topic, partition, middle)[0] == "bad":
-                bad = middle
-            else:
-                good = middle
-    return good
-
-
 class Probe:
-    """A client outside the group that looks at offsets. Blocks; every method raises `Unavailable` when nobody answers."""
+    """A client outside the group that looks at offsets. Blocks; its methods raise `Unavailable` when nobody answers."""
 
     def __init__(self, client: Consumer, *, earliest: bool) -> None:
         self._client = client
@@ -875,6 +857,26 @@ class Probe:
             if code == KafkaError._PARTITION_EOF:
                 return "end", m.offset()
         raise Unavailable(f"kafka: {topic}/{partition} could not be read at offset {offset}")
+
+    def end_of_unreadable(self, topic: str, partition: int, first: int) -> int:
+        """One past the last offset of the unreadable batch that holds `first`.
+
+        Every fetch from inside the batch fails alike, so double the step until one does not, then halve.
+        """
+        bad, good, step = first, None, 1
+        while good is None:
+            found, at = self.look(topic, partition, bad + step)
+            if found == "bad":
+                bad, step = bad + step, step * 2
+            else:
+                good = min(at, bad + step)
+        while good - bad > 1:
+            middle = (bad + good) // 2
+            if self.look(topic, partition, middle)[0] == "bad":
+                bad = middle
+            else:
+                good = middle
+        return good
 
     def readable_from(self, topic: str, partition: int, offset: int) -> int | None:
         """The first offset at or after `offset` that holds a record; None when the partition ends before."""

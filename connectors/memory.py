@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
 
 from inferbus.connectors.base import (
     Bell,
@@ -23,14 +25,22 @@ from inferbus.connectors.base import (
 )
 
 
+# A receipt of this source is (epoch, place).
+EPOCH: Callable[[Any], int] = itemgetter(0)
+PLACE: Callable[[Any], int] = itemgetter(1)
+
+Entry = tuple[int, bytes | None, bytes, Headers, float | None]
+"""Place, key, body, headers, created_at."""
+
+
 class MemoryBus:
     """A queue that outlives the sources reading it: what is delivered and not settled comes again to the next one."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[int, bytes | None, bytes, Headers, float | None]] = deque()
+        self._waiting: deque[Entry] = deque()
         self._attempts: dict[int, int] = {}
         self._count = 0
-        self.open_deliveries: dict[int, tuple[int, bytes | None, bytes, Headers, float | None]] = {}
+        self.open_deliveries: dict[int, Entry] = {}
 
     def publish(
         self, body: bytes, key: bytes | None = None, headers: Headers = (), created_at: float | None = None
@@ -41,14 +51,14 @@ class MemoryBus:
         self._waiting.append((place, key, body, headers, created_at))
         return place
 
-    def take(self, limit: int) -> list[tuple[int, int, bytes | None, bytes, Headers, float | None]]:
-        """Deliver at most `limit`: place, attempt, key, body, headers, created_at."""
-        taken = []
+    def take(self, limit: int) -> list[tuple[int, Entry]]:
+        """Deliver at most `limit`: attempt and entry."""
+        taken: list[tuple[int, Entry]] = []
         while self._waiting and len(taken) < limit:
             entry = self._waiting.popleft()
             self._attempts[entry[0]] = self._attempts.get(entry[0], 0) + 1
             self.open_deliveries[entry[0]] = entry
-            taken.append((entry[0], self._attempts[entry[0]], *entry[1:]))
+            taken.append((self._attempts[entry[0]], entry))
         return taken
 
     def give_back(self, places: Sequence[int]) -> None:
@@ -87,7 +97,7 @@ class MemorySource:
         if self.away is not None:
             raise Unavailable(self.away)
         messages = []
-        for place, attempt, key, body, headers, created_at in self.bus.take(limit):
+        for attempt, (place, key, body, headers, created_at) in self.bus.take(limit):
             self._inflight[place] = len(body)
             own = resolve_id(headers) or f"memory-{place}"
             messages.append(Message(own, key, body, headers, created_at, attempt, (self._epoch, place)))
@@ -96,14 +106,14 @@ class MemorySource:
     def settle(self, messages: Sequence[Message]) -> None:
         """Done for good, unless the epoch has passed."""
         for m in messages:
-            epoch, place = m.receipt  # type: ignore[misc]  # this source's receipts are (int, int)
-            if epoch == self._epoch and self._inflight.pop(place, None) is not None:
+            place = PLACE(m.receipt)
+            if not self.void(m) and self._inflight.pop(place, None) is not None:
                 del self.bus.open_deliveries[place]
                 self.settled.append(place)
 
     def release(self, messages: Sequence[Message]) -> None:
         """Back to the bus."""
-        places = [m.receipt[1] for m in messages if m.receipt[0] == self._epoch]  # type: ignore[index]  # (int, int)
+        places = [PLACE(m.receipt) for m in messages if not self.void(m)]
         for place in places:
             self._inflight.pop(place, None)
         self.bus.give_back(places)
@@ -140,11 +150,11 @@ class MemorySource:
 
     def void(self, message: Message) -> bool:
         """Its epoch has passed."""
-        return message.receipt[0] != self._epoch  # type: ignore[index]  # (int, int)
+        return EPOCH(message.receipt) != self._epoch
 
     def locate(self, message: Message) -> str:
         """`memory:requests/place`."""
-        return f"{self.name}/{message.receipt[1]}"  # type: ignore[index]  # (int, int)
+        return f"{self.name}/{PLACE(message.receipt)}"
 
     def healthy(self) -> str | None:
         """What `away` says."""
@@ -167,7 +177,7 @@ class MemorySink:
 
     def __init__(self, name: str = "memory:sink") -> None:
         self.name = name
-        self.written: list[tuple[str, bytes | None, bytes, dict[str, bytes]]] = []
+        self.written: list[tuple[str, bytes | None, bytes, list[tuple[str, bytes]]]] = []
         self.refuse: Callable[[bytes], ConnectorError | None] = lambda _: None
         self.held = False
         self.max_bytes: int | None = None
@@ -193,7 +203,7 @@ class MemorySink:
                 elif (error := self.refuse(body)) is not None:
                     failures.append((i, error))
                 else:
-                    self.written.append((m.id, key, body, dict(headers)))
+                    self.written.append((m.id, key, body, headers))
             done(failures)
 
     def rest(self) -> None:

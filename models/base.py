@@ -143,7 +143,7 @@ class Group:
 
 @dataclass(slots=True)
 class Decoded:
-    """A chunk after decoding: the good ones in groups, the bad ones with their reason, every position in exactly one."""
+    """A chunk after decoding: good ones in groups, bad ones with their reason, every position in exactly one."""
 
     groups: list[Group]
     rejects: list[tuple[int, InvalidRequest]]

@@ -27,7 +27,6 @@ from inferbus.models.columns import (
     ChunkDecoder,
     Headers,
     Lane,
-    Limits,
     Packers,
     Part,
     Share,
@@ -46,9 +45,7 @@ from inferbus.models.columns import (
 )
 
 JSON_LENGTH = "inference-header-content-length"
-_MOST_SHAPES = (
-    4096  # remembered per input; forgotten together beyond, so that nobody can grow a worker with shapes
-)
+_MOST_SHAPES = 4096  # remembered per input; forgotten together beyond, so that nobody can grow a worker with shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +61,7 @@ class V2Answers:
 
     def __init__(self, signature: Signature, info: ModelInfo) -> None:
         self.outputs = {spec.name: spec for spec in signature.outputs}
-        self._start = b'{"model_name":%b,"model_version":%b,"id":' % tuple(
-            json_texts((info.name, info.version))
-        )
+        self._start = b'{"model_name":%b,"model_version":%b,"id":' % tuple(json_texts((info.name, info.version)))
 
     def encode(
         self, outputs: Tensors, rows: Sequence[int], asks: Sequence[object], ids: Sequence[str]
@@ -77,20 +72,13 @@ class V2Answers:
             return self._encode_each(outputs, rows, asks, id_texts)
         texts = [_texts(spec, outputs[name], rows) for name, spec in self.outputs.items()]
         templates = {n: self._template(outputs, n) for n in set(rows)}
-        bodies = [
-            templates[n] % fields for n, fields in zip(rows, zip(id_texts, *texts, strict=True), strict=True)
-        ]
+        bodies = [templates[n] % fields for n, fields in zip(rows, zip(id_texts, *texts, strict=True), strict=True)]
         return bodies, [JSON_ANSWER] * len(bodies)
 
     def _template(self, outputs: Tensors, rows: int) -> bytes:
         """The answer to a request of so many rows, `%b` standing for its id and for the elements of each output."""
         tensors = [_tensor_start(spec, outputs[name], rows) for name, spec in self.outputs.items()]
-        whole = (
-            self._start
-            + b'\0,"outputs":['
-            + b",".join(tensor + b',"data":[\0]}' for tensor in tensors)
-            + b"]}"
-        )
+        whole = self._start + b'\0,"outputs":[' + b",".join(tensor + b',"data":[\0]}' for tensor in tensors) + b"]}"
         return whole.replace(b"%", b"%%").replace(b"\0", b"%b")  # JSON text never holds a NUL
 
     def _encode_each(
@@ -117,6 +105,10 @@ class V2Answers:
         return bodies, headers
 
 
+_Shapes = tuple[tuple[int, ...], ...]
+"""Shape of every input, in the signature's order."""
+
+
 class _Layout(NamedTuple):
     """What the shapes of a request come to, worked out once for all requests that have them."""
 
@@ -128,8 +120,8 @@ class _Layout(NamedTuple):
 class V2Codec(ChunkDecoder, V2Answers):
     """`requests: {format: v2}`: see the module."""
 
-    def __init__(self, signature: Signature, info: ModelInfo, limits: Limits) -> None:
-        ChunkDecoder.__init__(self, signature.inputs, limits)
+    def __init__(self, signature: Signature, info: ModelInfo, max_elements: int) -> None:
+        ChunkDecoder.__init__(self, signature.inputs, max_elements)
         V2Answers.__init__(self, signature, info)
         self._specs = {spec.name: spec for spec in self.inputs}
         self._packers = {spec.name: Packers(spec.datatype) for spec in self.inputs}
@@ -151,7 +143,7 @@ class V2Codec(ChunkDecoder, V2Answers):
             if list(map(len, packed)) != [layout.lengths[j] for layout in layouts]:
                 raise LookupError
         for i in spell_booleans(bodies):
-            self.exact(bodies[i], headers[i])  # packing has taken true and false for numbers
+            self._look_for_booleans(bodies[i])
         rows = [layout.rows for layout in layouts]
         if len({layout.lane for layout in known.values()}) == 1:
             return [Share(layouts[0].lane, rows, asks, parts)]
@@ -171,6 +163,15 @@ class V2Codec(ChunkDecoder, V2Answers):
                 values = unnest(values, tensor["shape"], "data")
             tensor["data"] = self._packers[tensor["name"]][len(values)](*values)
         return request
+
+    def _look_for_booleans(self, body: bytes) -> None:
+        """Packing takes true and false for numbers."""
+        for tensor in orjson.loads(body)["inputs"]:
+            values = tensor["data"]
+            while type(values[0]) is list:
+                values = list(chain.from_iterable(values))
+            if bool in set(map(type, values)) and tensor["datatype"] != "BOOL":
+                raise LookupError
 
     def _columns(self, requests: Sequence[Any]) -> list[list[Any]]:
         """Per input of the signature its tensors, one of each request."""
@@ -197,39 +198,38 @@ class V2Codec(ChunkDecoder, V2Answers):
         request = parse_object(head)
         ask = self._ask(request)
         tensors = self._tensors(request)
-        shapes = {name: _dims(where, tensor) for name, (where, tensor) in tensors.items()}
+        shapes = {name: _dims(i, tensor) for name, (i, tensor) in tensors.items()}
         layout = self._layout(tuple(shapes[spec.name] for spec in self.inputs))
         parts: dict[str, Part] = {}
-        for name, (where, tensor) in tensors.items():  # in the order of the request, for so lie raw tensors
+        for name, (i, tensor) in tensors.items():  # in the order of the request, for so lie raw tensors
             try:
                 parts[name] = self._elements(name, tensor, shapes[name], tail)
             except InvalidRequest as fault:
-                raise refuse(f"{where}: {fault}") from None
+                raise refuse(f"inputs[{i}] {quote(name)}: {fault}") from None
         tail.close()
         return Share(layout.lane, [layout.rows], [ask], [[parts[spec.name]] for spec in self.inputs])
 
-    def _tensors(self, request: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-        """The inputs of one request by name, each with its place in words: all there, of the right datatype."""
+    def _tensors(self, request: dict[str, Any]) -> dict[str, tuple[int, dict[str, Any]]]:
+        """The inputs of one request by name, each with its index: all there, of the right datatype."""
         tensors = request.get("inputs", ...)
         if type(tensors) is not list:
             raise refuse(f"inputs is {kind(tensors)}, expected a list")
-        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        found: dict[str, tuple[int, dict[str, Any]]] = {}
         for i, tensor in enumerate(tensors):
             if type(tensor) is not dict:
                 raise refuse(f"inputs[{i}] is {kind(tensor)}, expected an object")
             name = tensor.get("name", ...)
             if type(name) is not str:
                 raise refuse(f"inputs[{i}]: name is {kind(name)}, expected a string")
-            where = f"inputs[{i}] {quote(name)}"
             if name not in self._packers:
-                raise refuse(f"{where} is unknown, expected {_names(self._packers)}")
+                raise refuse(f"inputs[{i}] {quote(name)} is unknown, expected {_names(self._packers)}")
             if name in found:
-                raise refuse(f"{where} is there twice, expected once")
+                raise refuse(f"inputs[{i}] {quote(name)} is there twice, expected once")
             datatype, wanted = tensor.get("datatype", ...), self._packers[name].datatype
             if datatype != wanted:
                 text = quote(datatype) if type(datatype) is str else kind(datatype)
-                raise refuse(f"{where}: datatype is {text}, expected {wanted}")
-            found[name] = (where, tensor)
+                raise refuse(f"inputs[{i}] {quote(name)}: datatype is {text}, expected {wanted}")
+            found[name] = (i, tensor)
         if len(found) < len(self.inputs):
             raise refuse(f"inputs: {_names(self._packers.keys() - found.keys())} missing")
         return found
@@ -237,7 +237,7 @@ class V2Codec(ChunkDecoder, V2Answers):
     def _check_layout(self, shapes: _Shapes) -> _Layout:
         for spec, dims in zip(self.inputs, shapes, strict=True):
             try:
-                check_shape(spec, dims, self.limits)
+                check_shape(spec, dims, self.max_elements)
             except InvalidRequest as fault:
                 raise refuse(f"input {quote(spec.name)}: {fault}") from None
             if dims[0] != shapes[0][0]:
@@ -327,9 +327,7 @@ def _split(body: bytes, headers: Headers) -> tuple[bytes | memoryview, _Tail]:
         return body, _Tail(None)
     text = lengths.pop()
     if lengths or not text.isdigit() or len(text) > 20 or int(text) > len(body):
-        raise refuse(
-            f"header {JSON_LENGTH} is not the bytes of JSON in the body, an integer up to {len(body)}"
-        )
+        raise refuse(f"header {JSON_LENGTH} is not the bytes of JSON in the body, an integer up to {len(body)}")
     view = memoryview(body)
     return view[: int(text)], _Tail(view[int(text) :])
 
@@ -341,20 +339,22 @@ def _shapes(column: Sequence[Any]) -> list[tuple[int, ...]]:
     return list(map(tuple, shapes))
 
 
-def _dims(where: str, tensor: dict[str, Any]) -> tuple[int, ...]:
+def _dims(i: int, tensor: dict[str, Any]) -> tuple[int, ...]:
     shape = tensor.get("shape", ...)
     if type(shape) is not list:
-        raise refuse(f"{where}: shape is {kind(shape)}, expected a list of integers")
-    for i, dim in enumerate(shape):
-        if type(dim) is not int:
-            raise refuse(f"{where}: shape[{i}] is {kind(dim)}, expected an integer")
+        raise refuse(f"inputs[{i}] {quote(tensor['name'])}: shape is {kind(shape)}, expected a list of integers")
+    if not {int}.issuperset(map(type, shape)):
+        wrong, dim = next((at, dim) for at, dim in enumerate(shape) if type(dim) is not int)
+        raise refuse(f"inputs[{i}] {quote(tensor['name'])}: shape[{wrong}] is {kind(dim)}, expected an integer")
     return tuple(shape)
 
 
 def _binary_size(tensor: dict[str, Any]) -> int | None:
     size = _parameters(tensor).get("binary_data_size")
     if size is not None and (type(size) is not int or size < 0):
-        raise refuse(f"binary_data_size is {'negative' if type(size) is int else kind(size)}, expected bytes")
+        raise refuse(
+            f"binary_data_size is {'negative' if type(size) is int else kind(size)}, expected a number of bytes"
+        )
     return size
 
 

@@ -1,4 +1,4 @@
-"""What the codecs share: JSON values and raw bytes to columns, exactly, and what a model may answer.
+"""What the codecs share: JSON values and raw bytes to columns, exactly, and rows to JSON.
 
 A codec decodes a chunk in runs of a few dozen messages. A run is first read at once, in passes that only find out
 whether all is as usual; where not, it is read message by message, by code that knows all that is allowed and names
@@ -19,7 +19,6 @@ from math import prod
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
 from inferbus.models.base import (
@@ -27,8 +26,6 @@ from inferbus.models.base import (
     Decoded,
     Group,
     InvalidRequest,
-    Signature,
-    Tensors,
     TensorSpec,
     WrongAnswer,
 )
@@ -44,9 +41,7 @@ JSON_ANSWER: Headers = (("content-type", b"application/json"),)
 
 _RUN = 64  # messages read at once: what they parse to stays in a core's cache
 _RUN_BYTES = 4 << 20  # a heavier run is read one by one, so that only one message's Python objects are alive
-_MOST_COUNTS = (
-    4096  # packers kept per datatype; dropped together beyond, so that no sender can grow the worker
-)
+_MOST_COUNTS = 4096  # packers kept per datatype; dropped together beyond, so that no sender can grow the worker
 _LONGEST_TEXT = 300
 _LONGEST_NAME = 40
 
@@ -64,19 +59,6 @@ _KINDS: dict[type, str] = {
     type(None): "null",
     type(...): "missing",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much one request may claim.
-
-    Attributes:
-        max_elements: Elements of one tensor, an empty dimension counted as 1. In every format an element takes a
-            byte of the body at least, so `flow.max_message_bytes` is the natural cap: it stops shapes that are
-            large on paper only, before anything is allocated for them.
-    """
-
-    max_elements: int = 16 << 20
 
 
 def refuse(text: str) -> InvalidRequest:
@@ -231,8 +213,13 @@ def unnest(nested: object, dims: Sequence[int], place: str) -> list[Any]:
     return level
 
 
-def check_shape(spec: TensorSpec, dims: tuple[int, ...], limits: Limits) -> None:
-    """Hold a claimed shape, row axis first, against the signature and the limits. All dimensions are ints.
+def check_shape(spec: TensorSpec, dims: tuple[int, ...], max_elements: int) -> None:
+    """Hold a claimed shape, row axis first, against the signature, before anything is allocated for it.
+
+    Args:
+        spec: Of the input.
+        dims: As claimed, all of them ints.
+        max_elements: At most so many, an empty dimension counted as 1.
 
     Raises:
         InvalidRequest: The text starts with `shape`.
@@ -244,8 +231,8 @@ def check_shape(spec: TensorSpec, dims: tuple[int, ...], limits: Limits) -> None
     if dims[0] < 1:
         raise refuse(f"shape {dims_text(dims)} has no rows, expected at least 1")
     # Python's ints do not overflow; an empty dimension must not hide a huge one beside it.
-    if prod(max(dim, 1) for dim in dims) > limits.max_elements:
-        raise refuse(f"shape {dims_text(dims)} is too large, expected at most {limits.max_elements} elements")
+    if prod(max(dim, 1) for dim in dims) > max_elements:
+        raise refuse(f"shape {dims_text(dims)} is too large, expected at most {max_elements} elements")
 
 
 @dataclass(slots=True)
@@ -278,9 +265,9 @@ class _Stack:
 class ChunkDecoder(ABC):
     """`Codec.decode`: a run at once where all is as usual, message by message where not."""
 
-    def __init__(self, inputs: Sequence[TensorSpec], limits: Limits) -> None:
+    def __init__(self, inputs: Sequence[TensorSpec], max_elements: int) -> None:
         self.inputs = tuple(inputs)
-        self.limits = limits
+        self.max_elements = max_elements
 
     @abstractmethod
     def at_once(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterable[Share]:
@@ -324,9 +311,7 @@ class ChunkDecoder(ABC):
                 pass
         return self._read_each(bodies, headers)
 
-    def _read_each(
-        self, bodies: Sequence[bytes], headers: Sequence[Headers]
-    ) -> Iterator[Share | InvalidRequest]:
+    def _read_each(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterator[Share | InvalidRequest]:
         for body, head in zip(bodies, headers, strict=True):
             try:
                 yield self.exact(body, head)
@@ -396,64 +381,6 @@ def _raw_strings(raw: memoryview, count: int) -> tuple[bytes, ...]:
     if len(strings) != count or offset != len(raw):
         raise refuse(f"has {len(strings)} raw elements and {len(raw) - offset} bytes more, expected {count}")
     return tuple(strings)
-
-
-def check_outputs(outputs: object, rows: int, signature: Signature) -> Tensors:
-    """Hold what a model answered against its signature.
-
-    Args:
-        outputs: Whatever `predict` returned.
-        rows: Rows of the batch it was given.
-        signature: Of the model.
-
-    Returns:
-        The outputs in the signature's order, C-contiguous, little endian; BYTES as arrays of str or bytes objects.
-
-    Raises:
-        WrongAnswer: A name, row count, dimension or datatype is not the signature's. Nothing is cast: a model that
-            answers float64 where it declares FP32 is wrong about itself.
-    """
-    if not isinstance(outputs, dict):
-        raise WrongAnswer(f"the model answered {type(outputs).__name__}, expected a dict of arrays")
-    names = {spec.name for spec in signature.outputs}
-    if outputs.keys() != names:
-        raise WrongAnswer(f"the model answered {sorted(map(str, outputs))}, expected {sorted(names)}")
-    return {spec.name: _check_output(spec, outputs[spec.name], rows) for spec in signature.outputs}
-
-
-def _check_output(spec: TensorSpec, output: object, rows: int) -> Array:
-    if not isinstance(output, np.ndarray):
-        raise WrongAnswer(f"output {spec.name!r} is {type(output).__name__}, expected a numpy array")
-    want = (rows, *spec.row_shape)
-    if output.ndim != len(want) or any(w not in (-1, d) for d, w in zip(output.shape, want, strict=True)):
-        raise WrongAnswer(f"output {spec.name!r} has shape {list(output.shape)}, expected {list(want)}")
-    if spec.datatype == "BYTES":
-        return _check_strings(spec, output)
-    if output.dtype.newbyteorder("<") != spec.dtype:
-        raise WrongAnswer(f"output {spec.name!r} is {output.dtype}, expected {spec.dtype} ({spec.datatype})")
-    return np.ascontiguousarray(output, spec.dtype)
-
-
-def _check_strings(spec: TensorSpec, output: Array) -> Array:
-    # Python models answer numpy's own strings as often as objects.
-    objects: Array = np.ascontiguousarray(output, object)
-    if output.dtype.kind not in "OUS" or any(
-        not issubclass(stranger, (str, bytes)) for stranger in set(map(type, objects.flat))
-    ):
-        raise WrongAnswer(
-            f"output {spec.name!r} holds other things than strings, expected str or bytes (BYTES)"
-        )
-    return objects
-
-
-def finite_rows(outputs: Tensors) -> npt.NDArray[np.bool_] | None:
-    """Which rows hold finite numbers only, as a mask; None where all do."""
-    masks = [
-        np.isfinite(output).reshape(len(output), -1).all(axis=1)
-        for output in outputs.values()
-        if output.dtype.kind == "f" and not np.isfinite(output).all()
-    ]
-    return np.logical_and.reduce(masks) if masks else None
 
 
 def row_texts(spec: TensorSpec, output: Array) -> list[bytes]:

@@ -120,6 +120,15 @@ def test_a_part_that_fails_fails_its_request_once() -> None:
     assert assembly.add(part, {"y": np.zeros((2, 1))}) is None
 
 
+def test_a_request_with_a_deadline_is_not_queued_behind_a_busy_device() -> None:
+    batcher = Batcher(max_rows=2, max_bytes=1000, max_delay=0)
+    batcher.put("lane", piece([1, 1]))
+    batcher.put("lane", piece([1], deadline=9.0, name="urgent"))
+    assert batcher.take(0.0, idle=False) is None
+    assert ids(batcher.take(0.0, idle=True)) == ["m0", "m1"]
+    assert ids(batcher.take(0.0, idle=True)) == ["urgent0"]
+
+
 def test_expired_requests_come_out_without_a_device() -> None:
     batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
     batcher.put("lane", piece([1], deadline=5.0, name="a"))

@@ -69,7 +69,7 @@ class Piece:
     @property
     def rows_left(self) -> int:
         """Rows not taken."""
-        return next(iter(self.columns.values())).shape[0] - self.row
+        return len(next(iter(self.columns.values()))) - self.row
 
 
 @dataclass(slots=True)
@@ -101,6 +101,7 @@ class _Lane:
     rows: int = 0
     size: float = 0.0
     oldest: float = 0.0
+    urgent: int = 0  # pieces with a deadline
 
 
 class Batcher:
@@ -146,6 +147,7 @@ class Batcher:
         lane.rows += rows
         lane.size += rows * piece.row_bytes
         if piece.deadline is not None:
+            lane.urgent += 1
             heapq.heappush(self._deadlines, (piece.deadline, self._count, piece, name))
 
     def _cut(self, piece: Piece) -> list[Piece]:
@@ -177,7 +179,7 @@ class Batcher:
 
         Args:
             now: Monotonic seconds.
-            idle: A device waits; without one only a full batch is given, since that cannot grow.
+            idle: A device waits; without one only a full batch without deadlines is given, since that cannot grow.
             flush: Do not wait for `max_delay`.
         """
         best: tuple[float, Reason, _Lane] | None = None
@@ -192,6 +194,8 @@ class Batcher:
         return self._fill(best[2], best[1])
 
     def _ready(self, lane: _Lane, now: float, *, idle: bool, flush: bool) -> Reason | None:
+        if not idle and lane.urgent:
+            return None  # queued behind a busy device it could expire unseen
         if lane.rows >= self._max_rows or lane.size >= self._max_bytes:
             return "full"
         if not idle:
@@ -231,6 +235,7 @@ class Batcher:
             lane.size -= rows * piece.row_bytes
             if end == len(piece.messages):
                 piece.taken = True
+                lane.urgent -= piece.deadline is not None
                 heapq.heappop(lane.heap)
         if lane.heap:
             lane.oldest = min(piece.arrived for _, _, piece in lane.heap)
@@ -292,6 +297,7 @@ class Batcher:
 
     def _drop(self, lane: _Lane, piece: Piece) -> None:
         piece.taken = True
+        lane.urgent -= piece.deadline is not None
         lane.rows -= piece.rows_left
         lane.size -= piece.rows_left * piece.row_bytes
         lane.heap = [entry for entry in lane.heap if entry[2] is not piece]

@@ -38,7 +38,7 @@ class Segment:
 
 @dataclass(slots=True)
 class Answer:
-    """What became of a batch; `sick` says that the device and not the data is to blame, and then nothing else counts."""
+    """What became of a batch; `sick` says that the device, not the data, is to blame, and then nothing else counts."""
 
     device: Device
     batch: Batch

@@ -1,8 +1,8 @@
 """The path of a message, in the order it is walked: receive, decode, batch, predict, encode, write, settle.
 
 One thread walks it, a chunk at a time; `step` does what can be done now and `run` rests until something rings. Nothing
-is awaited, queued or timed per message. Devices answer through a queue, sinks through `tick`; so when a source must give
-messages away in the middle of a poll, `_pump` can bring everything in flight to its end right there.
+is awaited, queued or timed per message. Devices answer through a queue, sinks through `tick`; so when a source must
+give messages away in the middle of a poll, `_pump` can bring everything in flight to its end right there.
 
 Invariants: every received message gets exactly one outcome (or is released while draining); a source is asked only
 while messages and bytes in flight are under their caps.
@@ -14,18 +14,18 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress
 
 import numpy as np
 import structlog
 
 from inferbus.connectors.base import Bell, Fatal, Message, Records, Sink, Source, Unavailable, Unreadable
-from inferbus.models.base import Codec, Executor, Group, ModelInfo, Signature, Tensors, WrongAnswer
+from inferbus.models.base import Array, Codec, Executor, Group, ModelInfo, Signature, Tensors, WrongAnswer
 from inferbus.models.codecs import finite_rows
 from inferbus.worker import outcomes as wire
-from inferbus.worker.batcher import Assembly, Batch, Batcher, Piece
+from inferbus.worker.batcher import Batch, Batcher, Piece
 from inferbus.worker.delivery import AtLeastOnce, Outcomes
 from inferbus.worker.devices import Answer, Device, Segment
 from inferbus.worker.metrics import Metrics
@@ -53,6 +53,48 @@ class Limits:
     max_inflight_bytes: int = 256 * 2**20
     max_message_bytes: int = 16 * 2**20
     max_backoff: float = 10.0
+
+
+Shared = list[tuple[str, bytes]]
+"""Headers that every prediction of a batch carries."""
+
+
+@dataclass(slots=True)
+class Share:
+    """Requests of a batch and what the model answered them, column by column; rows stacked in `outputs`."""
+
+    messages: Sequence[Message]
+    rows: Sequence[int]
+    asks: Sequence[object]
+    outputs: Tensors
+    arrivals: Sequence[tuple[float, int]]
+
+    @classmethod
+    def of(cls, batch: Batch, segment: Segment, outputs: Tensors) -> Share:
+        """What one segment answers; usually the whole batch."""
+        start, stop = segment.start, segment.stop
+        if stop - start == len(batch.messages):
+            return cls(batch.messages, batch.rows, batch.asks, outputs, batch.arrivals)
+        arrivals = [(batch.arrivals[0][0], stop - start)]
+        return cls(batch.messages[start:stop], batch.rows[start:stop], batch.asks[start:stop], outputs, arrivals)
+
+    def singly(self) -> Iterator[Share]:
+        """Each request by itself."""
+        for i, end in enumerate(accumulate(self.rows)):
+            own = {name: column[end - self.rows[i] : end] for name, column in self.outputs.items()}
+            yield Share([self.messages[i]], [self.rows[i]], [self.asks[i]], own, [(self.arrivals[0][0], 1)])
+
+    def only(self, keep: Array) -> Share:
+        """Without the requests that are not to be kept; `keep` is one bool per request."""
+        mask = np.repeat(keep, self.rows)
+        messages = list(compress(self.messages, keep))
+        return Share(
+            messages,
+            list(compress(self.rows, keep)),
+            list(compress(self.asks, keep)),
+            {name: column[mask] for name, column in self.outputs.items()},
+            [(self.arrivals[0][0], len(messages))],
+        )
 
 
 class Pipeline:
@@ -159,12 +201,13 @@ class Pipeline:
         while True:
             try:
                 open_()
-                self._opened.append(place)
-                return
             except Unavailable as error:
                 if self._clock() + backoff > until or self.draining:
                     raise
                 log.warning("waiting", place=place.name, reason=str(error), retry_in=backoff)
+            else:
+                self._opened.append(place)
+                return
             self.bell.wait(backoff)
             backoff = min(self._limits.max_backoff, backoff * 2)
 
@@ -216,9 +259,8 @@ class Pipeline:
             self._drop_leftovers()
         if not self.draining and now >= self._retry_at:
             moved |= self._receive(now)
-        moved |= self._dispatch(now, flush=self.draining)
         self._expire(now)
-        return moved
+        return self._dispatch(now, flush=self.draining) or moved
 
     def _rest(self) -> None:
         now = self._clock()
@@ -351,7 +393,7 @@ class Pipeline:
         self, m: Message, found: dict[str, bytes], deadlines: dict[int, float], now: float
     ) -> wire.Fault | None:
         wanted = found.get("inferbus-model")
-        if wanted is not None and not self._serves(wanted.decode("utf-8", "replace")):
+        if wanted and not self._serves(wanted.decode("utf-8", "replace")):
             return (
                 m,
                 "unknown_model",
@@ -362,7 +404,7 @@ class Pipeline:
         due = float("inf")
         for name, start in (("inferbus-deadline-ms", 0.0), ("inferbus-timeout-ms", m.created_at or wall)):
             if name in found:
-                value = found[name]
+                value = found[name] or b""  # a Kafka header may have no value
                 if not value.isdigit() or len(value) > 15:
                     return m, "invalid_request", "decode", f"header {name}: expected whole milliseconds"
                 due = min(due, start + int(value) / 1000)
@@ -461,15 +503,12 @@ class Pipeline:
         for segment in answer.segments:
             if segment.outputs is None:
                 faults += self._failed(batch, segment)
-            elif batch.parts:
-                self._finish_parts(batch, segment, segment.outputs, shared, faults)
+                continue
+            share = Share.of(batch, segment, segment.outputs)
+            if batch.parts:
+                self._publish_parts(batch, segment.start, share, shared, faults)
             else:
-                whole = segment.stop - segment.start == len(batch.messages)
-                messages = batch.messages if whole else batch.messages[segment.start : segment.stop]
-                rows = batch.rows if whole else batch.rows[segment.start : segment.stop]
-                asks = batch.asks if whole else batch.asks[segment.start : segment.stop]
-                arrivals = batch.arrivals if whole else [(batch.arrivals[0][0], len(messages))]
-                self._publish(messages, rows, asks, segment.outputs, shared, arrivals, faults)
+                self._publish(share, shared, faults)
         if faults:
             self._fail(faults, batch.arrivals[0][0])
 
@@ -482,86 +521,50 @@ class Pipeline:
             if i not in batch.parts or batch.parts[i][0].fail("model_error", text)
         ]
 
-    def _finish_parts(
-        self,
-        batch: Batch,
-        segment: Segment,
-        outputs: Tensors,
-        shared: list[tuple[str, bytes]],
-        faults: list[wire.Fault],
+    def _publish_parts(
+        self, batch: Batch, start: int, share: Share, shared: Shared, faults: list[wire.Fault]
     ) -> None:
-        """Requests of a segment one by one: parts go to their assembly, the last one brings the whole."""
-        row = 0
-        for i in range(segment.start, segment.stop):
-            rows = batch.rows[i]
-            own: Tensors | None = {name: column[row : row + rows] for name, column in outputs.items()}
-            row += rows
-            part: tuple[Assembly, int] | None = batch.parts.get(i)
-            if part is not None and own is not None:
-                own = part[0].add(part[1], own)
-            if own is not None:
-                rows = next(iter(own.values())).shape[0]
-                arrivals = [(batch.arrivals[0][0], 1)]
-                self._publish([batch.messages[i]], [rows], [batch.asks[i]], own, shared, arrivals, faults)
+        """Requests one by one, of a share that begins at `start`: parts go to their assembly, the last completes it."""
+        for i, own in enumerate(share.singly(), start):
+            if i in batch.parts:
+                assembly, part = batch.parts[i]
+                whole = assembly.add(part, own.outputs)
+                if whole is None:
+                    continue
+                own.outputs, own.rows = whole, [next(iter(whole.values())).shape[0]]
+            self._publish(own, shared, faults)
 
-    def _publish(
-        self,
-        messages: Sequence[Message],
-        rows: Sequence[int],
-        asks: Sequence[object],
-        outputs: Tensors,
-        shared: list[tuple[str, bytes]],
-        arrivals: Sequence[tuple[float, int]],
-        faults: list[wire.Fault],
-    ) -> None:
+    def _publish(self, share: Share, shared: Shared, faults: list[wire.Fault]) -> None:
+        """Encode and deliver; what cannot be published becomes a fault."""
         began = time.perf_counter()
-        finite = None if self._allow_non_finite else finite_rows(outputs)
+        finite = None if self._allow_non_finite else finite_rows(share.outputs)
         if finite is not None:
-            keep = np.logical_and.reduceat(finite, np.cumsum([0, *rows[:-1]]))
+            keep = np.logical_and.reduceat(finite, np.cumsum([0, *share.rows[:-1]]))
             text = "an output is NaN or infinite"
             faults += [
-                (m, "non_finite_output", "encode", text) for m, k in zip(messages, keep, strict=True) if not k
+                (m, "non_finite_output", "encode", text) for m, k in zip(share.messages, keep, strict=True) if not k
             ]
-            mask = np.repeat(keep, rows)
-            outputs = {name: column[mask] for name, column in outputs.items()}
-            messages, rows, asks = (
-                [x for x, k in zip(column, keep, strict=True) if k]
-                for column in (messages, rows, asks)  # type: ignore[assignment]  # three columns of three types
-            )
-            arrivals = [(arrivals[0][0], len(messages))]
-            if not messages:
+            share = share.only(keep)
+            if not share.messages:
                 return
         try:
-            bodies, formats = self._codec.encode(outputs, rows, asks, [m.id for m in messages])
+            bodies, formats = self._codec.encode(share.outputs, share.rows, share.asks, [m.id for m in share.messages])
         except WrongAnswer as error:
-            self._unencodable(messages, rows, asks, outputs, shared, arrivals, faults, error)
+            self._unencodable(share, shared, faults, error)
             return
-        records = wire.predictions(messages, bodies, formats, shared)
+        records = wire.predictions(share.messages, bodies, formats, shared)
         self._metrics.stage("encode", time.perf_counter() - began)
-        self._deliver(Outcomes("prediction", records, arrivals))
+        self._deliver(Outcomes("prediction", records, share.arrivals))
 
-    def _unencodable(
-        self,
-        messages: Sequence[Message],
-        rows: Sequence[int],
-        asks: Sequence[object],
-        outputs: Tensors,
-        shared: list[tuple[str, bytes]],
-        arrivals: Sequence[tuple[float, int]],
-        faults: list[wire.Fault],
-        error: WrongAnswer,
-    ) -> None:
+    def _unencodable(self, share: Share, shared: Shared, faults: list[wire.Fault], error: WrongAnswer) -> None:
         """One answer cannot be written in its format: go one by one, so that only it fails."""
-        if len(messages) == 1:
+        if len(share.messages) == 1:
             log.warning("encode_failed", error=str(error))
             text = "the model's answer cannot be written in the format asked for"
-            faults.append((messages[0], "model_error", "encode", text))
+            faults.append((share.messages[0], "model_error", "encode", text))
             return
-        row = 0
-        for i, n in enumerate(rows):
-            own = {name: column[row : row + n] for name, column in outputs.items()}
-            row += n
-            self._publish([messages[i]], [n], [asks[i]], own, shared, [(arrivals[0][0], 1)], faults)
+        for own in share.singly():
+            self._publish(own, shared, faults)
 
     def _fail(self, faults: list[wire.Fault], arrived: float) -> None:
         """Error records for these."""

@@ -137,6 +137,8 @@ def serve(settings: PipelineSettings, pipeline: Pipeline, watch: Watch, metrics:
         # What is alive now stays alive: without this every full collection walks the libraries again.
         gc.collect()
         gc.freeze()
+        # The path of a message makes no cycles; at the default threshold collections took a tenth of its time.
+        gc.set_threshold(100_000, 20, 100)
         log.info(
             "ready",
             model=f"{pipeline.info.name}@{pipeline.info.version}",

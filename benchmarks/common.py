@@ -1,0 +1,335 @@
+"""What every benchmark shares: a broker, topics, children whose CPU is counted, and how results are kept.
+
+A figure is always a ratio of two workers that took turns in the same run: the machine cancels out. Speed is read off
+the topic that the answers went to, by the broker's clock, alike for every worker and without its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from confluent_kafka import Consumer, Producer, TopicPartition, libversion
+from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.cimpl import NewTopic
+
+from deploy.local import servers
+
+HERE = Path(__file__).resolve().parent
+PARTITIONS = 4
+PATIENCE = 600.0  # seconds after which a worker that has not finished is given up
+LOOK = 0.1  # seconds between looks at how far a worker has come
+
+Request = tuple[bytes, Mapping[str, bytes] | None]
+"""Body and headers."""
+
+
+# The broker
+
+
+@contextlib.contextmanager
+def kafka() -> Iterator[Bus]:
+    """The Kafka that INFERBUS_BENCH_KAFKA names (host:port), else one started for this run alone."""
+    given = os.environ.get("INFERBUS_BENCH_KAFKA")
+    with contextlib.ExitStack() as stack:
+        bus = Bus(given or stack.enter_context(broker())[0])
+        stack.callback(bus.close)
+        yield bus
+
+
+@contextlib.contextmanager
+def broker() -> Iterator[tuple[str, servers.Running]]:
+    """An Apache Kafka of one's own: its address and its process. What it stored is deleted at the end."""
+    server = servers.SERVERS["kafka"]
+    # In memory where there is memory: disks of shared machines stall for seconds, and every worker with them.
+    memory = Path("/dev/shm")  # noqa: S108 - a folder of ours with a random name in it
+    name = f"inferbus-benchmark-{uuid.uuid4().hex[:8]}"
+    folder = (memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())) / name
+    program = server.install(False)
+    running = servers.launch(server, program, ports=servers.free_ports(server.port_count), folder=folder)
+    try:
+        servers.await_ready(running)
+        yield running.address, running
+    finally:
+        running.discard()
+
+
+class Bus:
+    """Topics on one cluster; `close` deletes those made here."""
+
+    def __init__(self, brokers: str) -> None:
+        self.brokers = brokers
+        self._admin = AdminClient({"bootstrap.servers": brokers})
+        self._topics: list[str] = []
+
+    def topic(self, max_message: int = 2**20) -> str:
+        """A new topic whose records carry the broker's time."""
+        name = f"bench-{uuid.uuid4().hex[:8]}"
+        config = {
+            "message.timestamp.type": "LogAppendTime",
+            "max.message.bytes": str(max_message),
+            "file.delete.delay.ms": "1000",  # the default keeps a deleted topic in memory for a minute
+        }
+        self._admin.create_topics([NewTopic(name, PARTITIONS, 1, config=config)])[name].result(30.0)
+        self._topics.append(name)
+        until = time.monotonic() + 30.0
+        while any(p.leader < 0 for p in self._admin.list_topics(name, 10.0).topics[name].partitions.values()):
+            if time.monotonic() > until:
+                raise TimeoutError(f"{name} was made, but its partitions have no leader")
+            time.sleep(0.01)
+        return name
+
+    def drop(self, *topics: str) -> None:
+        """Delete topics made here."""
+        for future in self._admin.delete_topics(list(topics)).values():
+            future.result(30.0)
+        self._topics = [name for name in self._topics if name not in topics]
+
+    def close(self) -> None:
+        """Delete every topic made here."""
+        if self._topics:
+            self.drop(*self._topics)
+
+    def fill(self, topic: str, messages: int, request: Callable[[int], Request]) -> None:
+        """Write so many requests, spread evenly, each with its number as the key."""
+        producer = Producer({
+            "bootstrap.servers": self.brokers, "linger.ms": 50, "message.max.bytes": 10**9,
+            "queue.buffering.max.messages": 200_000, "queue.buffering.max.kbytes": 128 * 1024,
+        })  # fmt: skip
+        for i in range(messages):
+            body, headers = request(i)
+            while True:
+                try:
+                    producer.produce(topic, body, b"%d" % i, i % PARTITIONS, headers=headers)
+                    break
+                except BufferError:
+                    producer.poll(0.05)
+        if producer.flush(PATIENCE):
+            raise TimeoutError(f"{topic} could not be filled")
+        if self.count(topic) != messages:
+            raise RuntimeError(f"{topic} should hold {messages} messages, and holds {self.count(topic)}")
+
+    def count(self, topic: str) -> int:
+        """Messages written to the topic so far."""
+        places = {TopicPartition(topic, p): OffsetSpec.latest() for p in range(PARTITIONS)}
+        return sum(future.result(10.0).offset for future in self._admin.list_offsets(places).values())
+
+    def written_in(self, topic: str) -> float:
+        """Seconds between the first and the last record of the topic, by the broker's clock."""
+        times: list[int] = []
+        consumer = Consumer({"bootstrap.servers": self.brokers, "group.id": f"bench-{uuid.uuid4().hex}"})
+        try:
+            for partition in range(PARTITIONS):
+                low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), 10.0)
+                for offset in {low, high - 1} if high > low else ():
+                    consumer.assign([TopicPartition(topic, partition, offset)])
+                    message = consumer.poll(10.0)
+                    if message is None or message.error():
+                        raise RuntimeError(f"{topic}/{partition} could not be read at {offset}")
+                    times.append(message.timestamp()[1])
+        finally:
+            consumer.close()
+        return (max(times) - min(times)) / 1000
+
+    def first(self, topic: str) -> bytes:
+        """The body of one record, for saying what went wrong; empty when there is none."""
+        consumer = Consumer({"bootstrap.servers": self.brokers, "group.id": f"bench-{uuid.uuid4().hex}"})
+        try:
+            consumer.assign([TopicPartition(topic, p, 0) for p in range(PARTITIONS)])
+            message = consumer.poll(5.0)
+            if message is None:
+                return b""
+            return repr(message.headers() or message.value()).encode()
+        finally:
+            consumer.close()
+
+
+# Children
+
+
+class Child:
+    """A program started here: its CPU time, its resident memory, its end."""
+
+    def __init__(self, command: Sequence[str | Path], **environment: str) -> None:
+        self._log = tempfile.TemporaryFile("w+")
+        self._popen = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+
+    def cpu(self) -> float:
+        """CPU seconds used so far; also right after it has ended, until `stop`."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self, field: str = "VmRSS") -> int:
+        """Resident bytes: now, or the most so far (`VmHWM`)."""
+        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+        if found is None:
+            raise RuntimeError(f"the worker has ended:\n{self.log()}")
+        return int(found[1]) * 1024
+
+    def ended(self) -> bool:
+        """Whether it has ended, without taking its figures away."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def log(self) -> str:
+        """The last of what it printed."""
+        self._log.seek(0)
+        return self._log.read()[-3000:]
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self, grace: float = 20.0) -> None:
+        """SIGTERM, and SIGKILL after `grace` seconds, to it and its children."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(grace)
+                break
+        self._log.close()
+
+
+def own(program: str) -> Path:
+    """A program of this environment."""
+    return Path(sys.executable).with_name(program)
+
+
+def environment_of(name: str, *packages: str) -> Path:
+    """The Python of a peer's own environment, made and filled when it is not there."""
+    folder = HERE.parent / f".venv-bench-{name}"
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        print(f"Installing {', '.join(packages)} into {folder.name} (once)", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+        subprocess.run(install, check=True, timeout=900)
+        (folder / "complete").touch()
+    return python
+
+
+# Results
+
+
+class Figure(NamedTuple):
+    """One number that is held against a target: `limit` is the least where `at_least`, else the most."""
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool = True
+    unit: str = ""
+
+    def met(self) -> bool:
+        """Whether the target is met."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign = "at least" if self.at_least else "at most"
+        unit = f" {self.unit}" if self.unit else ""
+        verdict = "met" if self.met() else "MISSED"
+        return f"{self.name}: {self.value:.3g}{unit} (target {sign} {self.limit:g}{unit}: {verdict})"
+
+
+def arguments(about: str | None, *, messages: int = 0, runs: int = 0) -> argparse.ArgumentParser:
+    """The options all benchmarks share; those without a default do not apply."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if messages:
+        parser.add_argument("--messages", type=int, default=messages, help="requests (default %(default)s)")
+    if runs:
+        parser.add_argument("--runs", type=int, default=runs, help="turns of each (default %(default)s)")
+    name = Path(sys.argv[0]).stem
+    results = HERE / "results" / f"{name}.json"
+    parser.add_argument("--out", type=Path, default=results, help="where the JSON goes (default results/)")
+    return parser
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    found = re.search(r"model name\s*: (.*)", _text("/proc/cpuinfo"))
+    memory = re.search(r"MemTotal:\s+(\d+)", _text("/proc/meminfo"))
+    packages = ("inferbus", "confluent-kafka", "numpy", "onnxruntime", "orjson")
+    kafka = re.search(r"<artifactId>kafka_.*?<version>(.*?)</version>", _text(servers.HERE / "kafka.pom.xml"), re.DOTALL)
+    return {
+        "cpu": found[1] if found else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(memory[1]) / 2**20, 1) if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages} | {"librdkafka": libversion()[0]},
+        "kafka": "given" if "INFERBUS_BENCH_KAFKA" in os.environ else f"Apache Kafka {kafka and kafka[1]}, on this machine",
+    }
+
+
+def _text(path: str | Path) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text()
+    return ""
+
+
+def save(out: Path, began: Sequence[float], figures: Sequence[Figure], result: Mapping[str, Any]) -> None:
+    """Print the figures and write everything to `out`. `began` is the load average before the run."""
+    for figure in figures:
+        print(figure)
+    document = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "load_average": {"before": began[0], "after": os.getloadavg()[0]},
+        "figures": [{**figure._asdict(), "value": round(figure.value, 4), "met": figure.met()} for figure in figures],
+        **result,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print columns, the first to the left and the others to the right."""
+    texts = [list(map(_cell, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        first, *others = (text.ljust(w) if not i else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join((first, *others)))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50, p99 and p99.9 in milliseconds."""
+    ordered = sorted(seconds)
+    return {name: round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+            for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))}  # fmt: skip
+
+
+median = statistics.median

@@ -1,0 +1,155 @@
+"""Workers take turns at serving the same full topic with the same model; what counts is the rate of their answers.
+
+A worker is a function from a `Job` to a command line. The rate is that of the topic answers go to: answers over the
+time between the broker's stamp on the first and on the last. CPU time is counted from the first answer seen to the
+last, so what a worker needs to start is in neither figure.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, median, own
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one turn is about; every worker is told the same."""
+
+    brokers: str
+    source: str
+    sink: str
+    errors: str
+    group: str
+    model: Path
+    messages: int
+    rows: int
+    binary: bool
+    max_message: int
+    folder: Path
+
+
+Worker = Callable[[Job], Sequence[str | Path]]
+
+
+def bare(job: Job) -> Sequence[str | Path]:
+    """The hand-written loop."""
+    command = [sys.executable, HERE / "bare.py", *_told(job)]
+    return [*command, "--binary"] if job.binary else command
+
+
+def inferbus(job: Job, **settings: Any) -> Sequence[str | Path]:
+    """A worker as a user starts it: defaults, but for the batch size that all contestants share."""
+    pipeline = {
+        "name": "bench",
+        "model": str(job.model),
+        "batch": {"max_rows": job.rows},
+        "source": {"kafka": {"brokers": job.brokers, "topic": job.source, "group": job.group}},
+        "sink": {"kafka": {"topic": job.sink}},
+        "errors": {"kafka": {"topic": job.errors}},
+        "http": {"port": 0},
+        **settings,
+    }
+    file = job.folder / f"{job.group}.yaml"
+    file.write_text(yaml.safe_dump(pipeline))
+    return [own("inferbus"), "run", file]
+
+
+def peer(python: Path, script: str) -> Worker:
+    """A program of `peers/`, run by the Python of its own environment."""
+    return lambda job: [python, HERE / "peers" / script, *_told(job)]
+
+
+def _told(job: Job) -> list[str | Path]:
+    return ["--brokers", job.brokers, "--source", job.source, "--sink", job.sink, "--group", job.group,
+            "--model", job.model, "--messages", str(job.messages), "--rows", str(job.rows)]  # fmt: skip
+
+
+@dataclass
+class Contest:
+    """One full topic and one model.
+
+    Attributes:
+        messages: Requests in the topic.
+        turns: What each worker did, by its name.
+    """
+
+    bus: Bus
+    source: str
+    model: Path
+    messages: int
+    rows: int
+    folder: Path
+    binary: bool = False
+    max_message: int = 2**20
+    turns: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+    def turn(self, name: str, worker: Worker, messages: int | None = None) -> dict[str, float]:
+        """Let one worker serve, until `messages` answers are there (by default one for each request).
+
+        Raises:
+            RuntimeError: It ended early, answered too much, or refused a request.
+        """
+        wanted = messages or self.messages
+        sink, errors = self.bus.topic(), self.bus.topic()
+        job = Job(self.bus.brokers, self.source, sink, errors, f"bench-{uuid.uuid4().hex[:8]}", self.model,
+                  wanted, self.rows, self.binary, self.max_message, self.folder)  # fmt: skip
+        try:
+            with Child(worker(job)) as child:
+                answers, cpu = self._watch(child, job, wanted)
+            seconds = self.bus.written_in(sink)
+            total = self.bus.count(sink)
+            if not messages and total != self.messages:
+                raise RuntimeError(f"{name} gave {total} answers to {self.messages} requests")
+        finally:
+            self.bus.drop(sink, errors)
+        done = {"rate": total / seconds, "cpu_us": 1e6 * cpu / answers}
+        self.turns.setdefault(name, []).append(done)
+        print(f"  {name:<12} {done['rate']:>10,.0f} messages/s {done['cpu_us']:>8.1f} us CPU/message", flush=True)
+        return done
+
+    def _watch(self, child: Child, job: Job, wanted: int) -> tuple[int, float]:
+        """Until the last answer is there: answers between the first look that found some and then, and CPU seconds."""
+        until = time.monotonic() + PATIENCE
+        first: tuple[int, float] | None = None
+        while True:
+            ended = child.ended()
+            count, cpu = self.bus.count(job.sink), child.cpu()
+            if count and first is None:
+                first = (count, cpu)
+            if first is not None and count >= wanted:
+                break
+            if ended or time.monotonic() > until:
+                refused = self.bus.first(job.errors)
+                raise RuntimeError(f"{count} of {wanted} answers came; refused: {refused!r}; it said:\n{child.log()}")
+            time.sleep(LOOK)
+        return max(1, count - first[0]), cpu - first[1]
+
+    def pairs(self, runs: int, one: tuple[str, Worker], other: tuple[str, Worker]) -> None:
+        """Turns by turns, each pair in the other order than the one before: what drifts harms both alike."""
+        for i in range(runs):
+            for name, worker in (one, other) if i % 2 == 0 else (other, one):
+                self.turn(name, worker)
+
+    def median(self, name: str, what: str = "rate") -> float:
+        """The median of one worker's turns."""
+        return median(turn[what] for turn in self.turns[name])
+
+    def summary(self) -> dict[str, Mapping[str, Any]]:
+        """Per worker the medians and all turns."""
+        return {
+            name: {
+                "messages_per_second": round(self.median(name)),
+                "cpu_us_per_message": round(self.median(name, "cpu_us"), 2),
+                "of_bare": round(self.median(name) / self.median("bare"), 4),
+                "turns": [round(turn["rate"]) for turn in turns],
+            }
+            for name, turns in self.turns.items()
+        }

@@ -1,0 +1,320 @@
+"""Kafka on the real thing, and on librdkafka's broker in memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer, TopicPartition
+from inferbus.connectors.base import Bell, Headers, Misconfigured, Source, Unavailable, Unreadable
+from inferbus.connectors.kafka import KafkaClient, KafkaSink, KafkaSource, consumer_config, producer_config
+
+from tests.connector_contract import (
+    PATIENCE,
+    ConnectorContract,
+    Place,
+    Seen,
+    no_drain,
+    opened,
+    receive,
+    records,
+    settle,
+    write,
+)
+from tests.servers import Kafka
+
+
+class KafkaPlace(Place):
+    def __init__(self, brokers: str, requests: str, answers: str, **config: Any) -> None:
+        self.brokers = brokers
+        self.requests = requests
+        self.answers = answers
+        self.config = {"bootstrap.servers": brokers, "session.timeout.ms": 6000, **config}
+        self._group = uuid.uuid4().hex[:8]
+        self._producer = Producer({"bootstrap.servers": brokers, "linger.ms": 0})
+
+    def publish(self, body: bytes, key: bytes | None = None, headers: Headers = ()) -> None:
+        self._producer.produce(self.requests, body, key, headers=list(headers))
+        assert self._producer.flush(PATIENCE) == 0
+
+    def source(self, group: str = "g") -> KafkaSource:
+        return KafkaSource(self.requests, f"{self._group}-{group}", self.config, max_inflight=100)
+
+    def sink(self) -> KafkaSink:
+        return KafkaSink(self.answers, KafkaClient({"bootstrap.servers": self.brokers}))
+
+    def seen(self) -> list[Seen]:
+        reader = Consumer({"bootstrap.servers": self.brokers, "group.id": "reader", "enable.auto.commit": False})
+        try:
+            partitions = [TopicPartition(self.answers, p, 0) for p in range(4)]
+            ends = sum(reader.get_watermark_offsets(p, PATIENCE)[1] for p in partitions)
+            reader.assign(partitions)
+            found: list[Seen] = []
+            while len(found) < ends:
+                m = reader.poll(PATIENCE)
+                assert m is not None
+                assert m.error() is None
+                found.append(Seen(m.key(), m.value(), m.headers()))
+            return found
+        finally:
+            reader.close()
+
+    def kill(self, source: Source) -> None:
+        assert isinstance(source, KafkaSource)
+        source._disconnect(commit=False)  # what the broker sees of a crash, without waiting for the session to end
+
+
+class KafkaContract(ConnectorContract):
+    """The contract, and what only Kafka promises."""
+
+    def test_an_outcome_lands_on_the_partition_number_of_its_request(self, place: KafkaPlace) -> None:
+        for i in range(20):
+            place.publish(b"%d" % i, key=b"k%d" % i)
+        sink = place.sink()
+        sink.open(Bell())
+        with opened(place.source()) as source:
+            messages = receive(source, 20)
+            given = records(20)
+            given.messages = messages
+            assert write(sink, given) == []
+            wanted = sorted(int(source.locate(m).split("/")[1]) for m in messages)
+        sink.close(1.0)
+        reader = Consumer({"bootstrap.servers": place.brokers, "group.id": "reader"})
+        ends = [reader.get_watermark_offsets(TopicPartition(place.answers, p), PATIENCE)[1] for p in range(4)]
+        reader.close()
+        assert ends == [wanted.count(p) for p in range(4)]
+
+    def test_an_unreadable_header_id_falls_back_and_never_raises(self, place: KafkaPlace) -> None:
+        place.publish(b"x", headers=(("inferbus-id", b"\xff\xfe"),))
+        place.publish(b"y", headers=(("inferbus-id", b""),))
+        with opened(place.source()) as source:
+            ids = {m.body: m.id for m in receive(source, 2)}
+        assert ids[b"x"] == "\ufffd\ufffd"
+        assert ids[b"y"].startswith(place.requests)
+
+    def test_a_missing_topic_is_one_clear_line(self, place: KafkaPlace) -> None:
+        source = KafkaSource("no-such-topic", "g", place.config)
+        with pytest.raises(Unavailable, match='topic "no-such-topic" does not exist'):
+            source.open(Bell(), no_drain)
+
+
+@pytest.mark.broker
+class TestRealKafka(KafkaContract):
+    @pytest.fixture
+    def place(self, kafka: Kafka) -> Place:
+        return KafkaPlace(kafka.brokers, kafka.topic(), kafka.topic())
+
+
+@pytest.mark.broker
+class TestRealKafkaWithTheNewGroupProtocol(KafkaContract):
+    @pytest.fixture
+    def place(self, kafka: Kafka) -> Place:
+        place = KafkaPlace(kafka.brokers, kafka.topic(), kafka.topic())
+        place.config = {"bootstrap.servers": kafka.brokers, "group.protocol": "consumer"}
+        return place
+
+
+class Pumped:
+    """A source stepped on a thread of its own, as a pipeline would, until told to stop."""
+
+    def __init__(self, source: KafkaSource, drain: Callable[[Callable[[], bool], float], None]) -> None:
+        self.source = source
+        self.bodies: list[bytes] = []
+        self._drain = drain
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        bell = Bell()
+        self.source.open(bell, self._drain)
+        while not self._stop.is_set():
+            messages = self.source.receive(10)
+            self.bodies += [m.body for m in messages]
+            self.source.settle(messages)
+            self.source.tick(time.monotonic())
+            self.source.rest()
+            bell.wait(0.05)
+        self.source.close()
+
+    def __enter__(self) -> Pumped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_a_member_that_joins_takes_partitions_without_a_message_served_twice(kafka: Kafka, protocol: str) -> None:
+    topic = kafka.topic(partitions=4)
+    place = KafkaPlace(kafka.brokers, topic, topic)
+    place.config = {"bootstrap.servers": kafka.brokers, "group.protocol": protocol}
+    with Pumped(place.source(), no_drain) as one:
+        for i in range(200):
+            place.publish(b"a%d" % i, key=b"%d" % i)
+        until(lambda: len(one.bodies) == 200)
+        with Pumped(place.source(), no_drain) as two:
+            until(lambda: len(two.source._leases) == 2 and len(one.source._leases) == 2)
+            for i in range(200):
+                place.publish(b"b%d" % i, key=b"%d" % i)
+            until(lambda: len(one.bodies) + len(two.bodies) >= 400)
+        until(lambda: len(one.source._leases) == 4)
+        for i in range(50):
+            place.publish(b"c%d" % i, key=b"%d" % i)
+        until(lambda: len(one.bodies) + len(two.bodies) >= 450)
+    served = one.bodies + two.bodies
+    assert len(served) == len(set(served)) == 450
+    assert two.bodies
+
+
+@pytest.mark.broker
+def test_a_revocation_drains_what_is_in_flight_before_the_partition_goes(kafka: Kafka) -> None:
+    topic = kafka.topic(partitions=2)
+    place = KafkaPlace(kafka.brokers, topic, topic)
+    held: list[Any] = []
+    drained: list[float] = []
+
+    source = place.source()
+
+    def drain(finished: Callable[[], bool], budget: float) -> None:
+        assert not finished() or not held
+        drained.append(budget)
+        source.settle(held)
+        held.clear()
+        assert finished()
+
+    bell = Bell()
+    source.open(bell, drain)
+    for i in range(20):
+        place.publish(b"%d" % i, key=b"%d" % i)
+    held += receive(source, 20)
+    with Pumped(place.source(), no_drain) as other:
+
+        def moved() -> bool:
+            source.tick(time.monotonic())
+            assert source.receive(10) == []
+            source.rest()
+            bell.wait(0.02)
+            return len(other.source._leases) == 1
+
+        until(moved)
+        assert drained == [5.0] * len(drained)
+        assert drained
+        assert other.bodies == []
+    source.close()
+
+
+@pytest.mark.broker
+def test_a_batch_the_client_cannot_read_is_skipped_offset_by_offset(kafka: Kafka) -> None:
+    topic = kafka.topic(partitions=1, **{"max.message.bytes": "8000000"})
+    place = KafkaPlace(kafka.brokers, topic, topic)
+    place.publish(b"before")
+    bomb = Producer({
+        "bootstrap.servers": kafka.brokers, "compression.type": "zstd", "linger.ms": 500, "batch.num.messages": 7,
+        "message.max.bytes": 8_000_000, "batch.size": 64_000_000,
+    })
+    for _ in range(7):
+        bomb.produce(topic, b"\0" * 3_000_000)
+    assert bomb.flush(PATIENCE) == 0
+    place.publish(b"after")
+    place.config |= {"receive.message.max.bytes": 1_100_000, "fetch.max.bytes": 1_000_000, "message.max.bytes": 900_000}
+    with opened(place.source()) as source:
+        messages = receive(source, 9)
+        assert [m.body for m in messages if not isinstance(m, Unreadable)] == [b"before", b"after"]
+        unreadable = [m for m in messages if isinstance(m, Unreadable)]
+        assert [source.locate(m).rsplit("/", 1)[1] for m in unreadable] == [str(i) for i in range(1, 8)]
+        assert {m.code for m in unreadable} == {"too_large"}
+        settle(source, messages)
+        assert source.exhausted()
+
+
+@pytest.mark.broker
+def test_a_topic_that_ends_in_transaction_markers_is_exhausted(kafka: Kafka) -> None:
+    topic = kafka.topic(partitions=1)
+    place = KafkaPlace(kafka.brokers, topic, topic)
+    producer = Producer({"bootstrap.servers": kafka.brokers, "transactional.id": uuid.uuid4().hex})
+    producer.init_transactions(PATIENCE)
+    for finish in (producer.commit_transaction, producer.abort_transaction):
+        producer.begin_transaction()
+        producer.produce(topic, b"one")
+        producer.flush(PATIENCE)
+        finish(PATIENCE)
+    with opened(place.source()) as source:
+        settle(source, receive(source, 1))
+        assert source.exhausted()
+    with opened(place.source()) as source:
+        assert source.exhausted()
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[str]:
+    """librdkafka's broker in memory: speaks the protocol, keeps little, promises nothing."""
+    host = Producer({"test.mock.num.brokers": 1})
+    brokers = ",".join(f"{b.host}:{b.port}" for b in host.list_topics(timeout=10).brokers.values())
+    yield brokers
+    host.flush(1)
+
+
+def test_the_embedded_broker_carries_requests_and_outcomes(embedded: str) -> None:
+    requests, answers = uuid.uuid4().hex, uuid.uuid4().hex
+    place = KafkaPlace(embedded, requests, answers)
+    for i in range(10):
+        place.publish(b"%d" % i)
+    sink = place.sink()
+    sink.open(Bell())
+    with opened(place.source()) as source:
+        messages = receive(source, 10)
+        given = records(10)
+        given.messages = messages
+        assert write(sink, given) == []
+        settle(source, messages)
+        assert source.inflight() == (0, 0)
+    sink.close(1.0)
+    assert len(place.seen()) == 10
+
+
+def test_wrong_brokers_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inferbus.connectors.kafka.REACH", 0.5)
+    source = KafkaSource("t", "g", {"bootstrap.servers": "127.0.0.1:1"})
+    with pytest.raises(Unavailable, match="no broker answered within"):
+        source.open(Bell(), no_drain)
+
+
+def test_an_unknown_property_is_named() -> None:
+    source = KafkaSource("t", "g", {"bootstrap.servers": "127.0.0.1:1", "no.such.property": "1"})
+    with pytest.raises(Misconfigured, match=r"no\.such\.property"):
+        source.open(Bell(), no_drain)
+
+
+def test_commits_cannot_be_handed_to_the_client() -> None:
+    with pytest.raises(Misconfigured, match="must stay false"):
+        consumer_config({"enable.auto.commit": "true"}, "g", "earliest", 100, 100)
+
+
+def test_the_new_group_protocol_gets_no_assignor_of_the_old_one() -> None:
+    classic = consumer_config({}, "g", "earliest", 100, 100)
+    new = consumer_config({"group.protocol": "consumer"}, "g", "earliest", 100, 100)
+    assert classic["partition.assignment.strategy"] == "cooperative-sticky"
+    assert "partition.assignment.strategy" not in new
+
+
+def test_a_producer_takes_over_security_and_not_the_consumers_own_properties() -> None:
+    config = {"bootstrap.servers": "b", "sasl.password": "s", "group.instance.id": "i", "fetch.wait.max.ms": 1}
+    taken = producer_config(config)
+    assert taken["sasl.password"] == "s"
+    assert "group.instance.id" not in taken
+    assert "fetch.wait.max.ms" not in taken
