@@ -11,8 +11,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import Figure, arguments, environment_of, kafka, save, table
-from benchmarks.contest import Contest, bare, inferbus, peer
+from benchmarks.common import arguments, environment_of, kafka, save
+from benchmarks.contest import Contest, bare, inferbus, peer, ratio
 from benchmarks.material import json_requests, tiny_model
 
 ROWS = 256
@@ -41,14 +41,9 @@ def main() -> None:
             for name, python in peers.items():
                 served = min(args.messages, args.peer_messages)
                 contest.turn(name, peer(python, f"{name}_worker.py"), served)
-    summary = contest.summary()
-    table(
-        ("", "messages/s", "of bare", "CPU us/message"),
-        [(name, *(own[k] for k in ("messages_per_second", "of_bare", "cpu_us_per_message"))) for name, own in summary.items()],
-    )
-    figures = [Figure("inferbus / bare", contest.median("inferbus") / contest.median("bare"), 0.9)]
-    figures += [Figure(f"inferbus / {name}", contest.median("inferbus") / contest.median(name), 5) for name in peers]
-    save(args.out, began, figures, {"messages": args.messages, "runs": args.runs, "rows": ROWS, "workers": summary})
+    contest.show()
+    figures = [ratio(contest, 0.9)] + [ratio(contest, 5, name) for name in peers]
+    save(args.out, began, figures, contest.result(args.runs))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from confluent_kafka import Consumer, Producer, TopicPartition, libversion
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition, libversion
+from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from deploy.local import servers
@@ -76,7 +76,8 @@ class Bus:
 
     def __init__(self, brokers: str) -> None:
         self.brokers = brokers
-        self._admin = AdminClient({"bootstrap.servers": brokers})
+        self._admin = AdminClient({"bootstrap.servers": brokers, "log_level": 0})
+        self._reader = Consumer({"bootstrap.servers": brokers, "group.id": f"bench-{uuid.uuid4().hex}"})
         self._topics: list[str] = []
 
     def topic(self, max_message: int = 2**20) -> str:
@@ -90,11 +91,14 @@ class Bus:
         self._admin.create_topics([NewTopic(name, PARTITIONS, 1, config=config)])[name].result(30.0)
         self._topics.append(name)
         until = time.monotonic() + 30.0
-        while any(p.leader < 0 for p in self._admin.list_topics(name, 10.0).topics[name].partitions.values()):
-            if time.monotonic() > until:
-                raise TimeoutError(f"{name} was made, but its partitions have no leader")
-            time.sleep(0.01)
-        return name
+        while True:  # the controller has made it; the broker hears that it leads it a moment later
+            try:
+                self._ends(name)
+                return name
+            except KafkaException:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def drop(self, *topics: str) -> None:
         """Delete topics made here."""
@@ -104,6 +108,7 @@ class Bus:
 
     def close(self) -> None:
         """Delete every topic made here."""
+        self._reader.close()
         if self._topics:
             self.drop(*self._topics)
 
@@ -128,37 +133,33 @@ class Bus:
 
     def count(self, topic: str) -> int:
         """Messages written to the topic so far."""
-        places = {TopicPartition(topic, p): OffsetSpec.latest() for p in range(PARTITIONS)}
-        return sum(future.result(10.0).offset for future in self._admin.list_offsets(places).values())
+        return sum(high - low for low, high in self._ends(topic))
+
+    def _ends(self, topic: str) -> list[tuple[int, int]]:
+        return [self._reader.get_watermark_offsets(TopicPartition(topic, p), 10.0) for p in range(PARTITIONS)]
 
     def written_in(self, topic: str) -> float:
         """Seconds between the first and the last record of the topic, by the broker's clock."""
         times: list[int] = []
-        consumer = Consumer({"bootstrap.servers": self.brokers, "group.id": f"bench-{uuid.uuid4().hex}"})
-        try:
-            for partition in range(PARTITIONS):
-                low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), 10.0)
-                for offset in {low, high - 1} if high > low else ():
-                    consumer.assign([TopicPartition(topic, partition, offset)])
-                    message = consumer.poll(10.0)
-                    if message is None or message.error():
-                        raise RuntimeError(f"{topic}/{partition} could not be read at {offset}")
-                    times.append(message.timestamp()[1])
-        finally:
-            consumer.close()
+        for partition, (low, high) in enumerate(self._ends(topic)):
+            for offset in {low, high - 1} if high > low else ():
+                times.append(self._read(topic, partition, offset).timestamp()[1])
         return (max(times) - min(times)) / 1000
 
-    def first(self, topic: str) -> bytes:
-        """The body of one record, for saying what went wrong; empty when there is none."""
-        consumer = Consumer({"bootstrap.servers": self.brokers, "group.id": f"bench-{uuid.uuid4().hex}"})
-        try:
-            consumer.assign([TopicPartition(topic, p, 0) for p in range(PARTITIONS)])
-            message = consumer.poll(5.0)
-            if message is None:
-                return b""
-            return repr(message.headers() or message.value()).encode()
-        finally:
-            consumer.close()
+    def one(self, topic: str) -> str:
+        """The headers of one record, for saying what went wrong; empty when there is none."""
+        for partition, (low, high) in enumerate(self._ends(topic)):
+            if high > low:
+                return repr(self._read(topic, partition, low).headers())
+        return ""
+
+    def _read(self, topic: str, partition: int, offset: int) -> Message:
+        self._reader.assign([TopicPartition(topic, partition, offset)])
+        message = self._reader.poll(10.0)
+        self._reader.unassign()
+        if message is None or message.error():
+            raise RuntimeError(f"{topic}/{partition} could not be read at {offset}")
+        return message
 
 
 # Children

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, median, own
+from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, Figure, median, own, table
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,19 @@ class Contest:
             if first is not None and count >= wanted:
                 break
             if ended or time.monotonic() > until:
-                refused = self.bus.first(job.errors)
-                raise RuntimeError(f"{count} of {wanted} answers came; refused: {refused!r}; it said:\n{child.log()}")
+                refused = self.bus.one(job.errors)
+                raise RuntimeError(f"{count} of {wanted} answers came; refused: {refused}; it said:\n{child.log()}")
             time.sleep(LOOK)
         return max(1, count - first[0]), cpu - first[1]
 
     def pairs(self, runs: int, one: tuple[str, Worker], other: tuple[str, Worker]) -> None:
-        """Turns by turns, each pair in the other order than the one before: what drifts harms both alike."""
+        """Turn by turn, each pair in the other order than the one before: what drifts harms both alike.
+
+        A first turn of each does not count: a broker that has just started gets faster with every message.
+        """
+        for name, worker in (one, other):
+            self.turn(name, worker)
+        self.turns.clear()
         for i in range(runs):
             for name, worker in (one, other) if i % 2 == 0 else (other, one):
                 self.turn(name, worker)
@@ -141,6 +147,16 @@ class Contest:
     def median(self, name: str, what: str = "rate") -> float:
         """The median of one worker's turns."""
         return median(turn[what] for turn in self.turns[name])
+
+    def show(self) -> None:
+        """Print the medians."""
+        columns = ("messages_per_second", "of_bare", "cpu_us_per_message")
+        rows = [(name, *(done[c] for c in columns)) for name, done in self.summary().items()]
+        table(("", "messages/s", "of bare", "CPU us/message"), rows)
+
+    def result(self, runs: int) -> dict[str, Any]:
+        """What is kept of the contest."""
+        return {"messages": self.messages, "runs": runs, "rows": self.rows, "workers": self.summary()}
 
     def summary(self) -> dict[str, Mapping[str, Any]]:
         """Per worker the medians and all turns."""
@@ -153,3 +169,8 @@ class Contest:
             }
             for name, turns in self.turns.items()
         }
+
+
+def ratio(contest: Contest, least: float, other: str = "bare") -> Figure:
+    """Inferbus over another worker."""
+    return Figure(f"inferbus / {other}", contest.median("inferbus") / contest.median(other), least)

@@ -1,9 +1,8 @@
 """A Kafka broker inside this process: librdkafka's own, for the demo and for tests.
 
-It speaks the real protocol on a port of 127.0.0.1, to clients in any process. It makes a topic, of four partitions,
-when somebody first asks for it, keeps the last 5 MiB or 100,000 records of a partition in memory, and lets a new group
-wait three seconds for more members. It knows no transactions and survives nothing: it shows the way of a message, not
-its durability.
+It speaks the real protocol on a port of 127.0.0.1, to clients in any process. It keeps the last 5 MiB or 100,000
+records of a partition in memory, lets a new group wait three seconds for more members, knows no transactions and
+survives nothing: it shows the way of a message, not its durability.
 """
 
 from __future__ import annotations
@@ -18,11 +17,13 @@ from inferbus.connectors.kafka import REACH, new_client
 
 
 @contextlib.contextmanager
-def embedded_broker() -> Iterator[str]:
-    """A broker for as long as the context lasts; gives its address, `127.0.0.1:port`."""
+def embedded_broker(*topics: str) -> Iterator[str]:
+    """A broker with these topics, of four partitions each, while the context lasts; gives its address, `host:port`."""
     silent = logging.Logger("embedded")  # noqa: LOG001 - of our own: it would warn that this is no real cluster
     silent.addHandler(logging.NullHandler())
     owner = new_client(Producer, {"test.mock.num.brokers": 1, "logger": silent})
     (broker,) = owner.list_topics(timeout=REACH).brokers.values()
+    for topic in topics:
+        owner.list_topics(topic, timeout=REACH)  # makes it: a topic begins when a producer asks for it
     yield f"{broker.host}:{broker.port}"
     # The broker ends with its owner, here.

@@ -26,8 +26,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import orjson
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka import Message as Raw
+from confluent_kafka.admin import AclOperation, AdminClient
 
 from inferbus.connectors.base import (
     Bell,
@@ -196,11 +197,11 @@ class KafkaSource:
         callbacks = self._trouble.callbacks() | {"on_commit": self._on_commit}
         consumer = new_client(Consumer, self._config | callbacks)
         try:
-            partitions = reach_topic(consumer, self._topic, self._trouble)
+            self._partitions = reach_topic(consumer, self._topic, self._trouble)
+            may_join(consumer, self._topic, self._config["group.id"])
         except ConnectorError:
             consumer.close()
             raise
-        self._partitions = partitions
         self._consumer = consumer
         self._watcher = Clerk(self._bell)
         self._parking = Parking(lambda: self._park(consumer), self._bell)
@@ -242,12 +243,12 @@ class KafkaSource:
             return []
         if self._paused:
             self._resume(consumer)
-        stash, self._stash = self._stash, []
-        if len(stash) < limit:
-            with translated("receive"):
-                stash += consumer.consume(limit - len(stash), 0)
+        if len(self._stash) < limit:
+            with translated("receive"):  # what the stash holds must survive an error: the client is past it
+                self._stash += consumer.consume(limit - len(self._stash), 0)
             self._served_at = self._asked_at
-        return self._accept(stash) if stash else []
+        raw, self._stash = self._stash[:limit], self._stash[limit:]
+        return self._accept(raw) if raw else []
 
     def _accept(self, raw: list[Raw]) -> list[Message]:
         """Messages of the leases held now, tracked; records that carry an error are dealt with."""
@@ -286,7 +287,10 @@ class KafkaSource:
         if error.fatal() or code in FENCED:
             raise Fatal(f"kafka: {error.str()}")
         if code in UNREADABLE and m.partition() in self._leases:
-            return self._skip(self._leases[m.partition()], m.offset(), error.str())
+            try:
+                return self._skip(self._leases[m.partition()], m.offset(), error.str())
+            except Unavailable as unavailable:  # the client will report the batch again
+                self._trouble.say("skip", str(unavailable))
         self._trouble.note(error)
         return []
 
@@ -583,7 +587,7 @@ class KafkaClient:
     """One producer, shared by the sinks of one cluster; numbered by `generation`, because a fatal error ends it."""
 
     def __init__(self, config: Config) -> None:
-        self._config = producer_config(config)
+        self.config = producer_config(config)
         self._open = 0
         self.trouble = Trouble()
         self.pending: dict[_Write, None] = {}
@@ -598,7 +602,7 @@ class KafkaClient:
 
     def _start(self) -> None:
         self.fatal = False
-        self.producer = producer = new_client(Producer, self._config | self.trouble.callbacks())
+        self.producer = producer = new_client(Producer, self.config | self.trouble.callbacks())
         # poll returns at the first callback it has served, so a parked thread wakes with the first report.
         self._parking = Parking(lambda: producer.poll(PARK) > 0 and bool(self.finished), self._bell)
 
@@ -686,6 +690,7 @@ class KafkaSink:
             self._client.open(bell)
             self._opened = True
         self._partitions = reach_topic(self._client.producer, self._topic, self._client.trouble)
+        may_write(self._client.config, self._client.producer, self._topic)
 
     def write(self, records: Records, done: Done) -> None:
         """Hand all records to the client at once; `done` comes with the last delivery report."""
@@ -763,7 +768,7 @@ def producer_config(config: Config) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "acks": "all",
         "enable.idempotence": True,
-        "linger.ms": 1,
+        "linger.ms": 0,  # a burst still shares requests: what is produced while five are under way waits together
         "message.timeout.ms": 0,  # the client retries in order and without doubles; giving up would cost both
         "partitioner": "murmur2_random",  # where a Java producer would put the key
         "client.id": "inferbus",
@@ -798,6 +803,42 @@ def reach_topic(client: Any, topic: str, trouble: Trouble) -> int:
     if listed.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
         raise Unavailable(f'kafka: topic "{topic}" does not exist; create it, or correct the name')
     raise Unavailable(f'kafka: topic "{topic}": {listed.error.str()}')
+
+
+def may_join(consumer: Consumer, topic: str, group: str) -> None:
+    """A group that is forbidden says so now, not as an event some time after the start.
+
+    Raises:
+        Unavailable: It is.
+    """
+    try:
+        consumer.committed([TopicPartition(topic, 0)], REACH)
+    except KafkaException as error:
+        if error.args[0].code() in REFUSED:
+            raise Unavailable(f'kafka: group "{group}": {error.args[0].str()}') from None
+
+
+def may_write(config: Config, producer: Producer, topic: str) -> None:
+    """A topic that may be described and not written says so now, not with the first prediction.
+
+    Raises:
+        Unavailable: The broker lists our rights on the topic, and writing is not among them.
+    """
+    if producer.list_topics(topic, timeout=REACH).controller_id < 0:
+        return  # a broker without a controller, such as the embedded one, does not answer this question
+    admin = AdminClient({k: v for k, v in config.items() if k not in PRODUCER_ONLY} | {"logger": log})
+    asked = admin.describe_topics(
+        TopicCollection([topic]), include_authorized_operations=True, request_timeout=REACH
+    )[topic]
+    try:
+        allowed = asked.result().authorized_operations
+    except KafkaException:
+        return  # an old broker; the first write will tell
+    if allowed and AclOperation.WRITE not in allowed:
+        raise Unavailable(f'kafka: topic "{topic}" may not be written with these credentials')
+
+
+PRODUCER_ONLY = ("acks", "enable.idempotence", "linger.ms", "message.timeout.ms", "partitioner")
 
 
 @contextlib.contextmanager

@@ -129,9 +129,7 @@ class KafkaReader:
         self.name = f"kafka:{topic}"
         self._topic = topic
         self._at = at
-        self._config = consumer_config(config, group, "earliest", CHUNK, 2**24) | {
-            "enable.partition.eof": True
-        }
+        self._config = consumer_config(config, group, "earliest", CHUNK, 2**24) | {"enable.partition.eof": True}
         self._config.pop("group.instance.id", None)  # a second member of that name would throw the first out
         self._trouble = _Quiet()
 
@@ -142,9 +140,7 @@ class KafkaReader:
             with translated("read"):
                 spans = {p: self._span(p) for p in range(self.partitions)}
                 begin = 0 if self._at == "start" else 1
-                self._client.assign(
-                    [TopicPartition(self._topic, p, span[begin]) for p, span in spans.items()]
-                )
+                self._client.assign([TopicPartition(self._topic, p, span[begin]) for p, span in spans.items()])
         except BaseException:
             self._client.close()
             raise

@@ -66,9 +66,7 @@ def size(value: object) -> int:
     elif type(value) is int:
         count = value
     else:
-        raise ValueError(
-            f"expected a size such as 512B, 64KiB, 16MiB or 1GiB, or a number of bytes, got {value!r}"
-        )
+        raise ValueError(f"expected a size such as 512B, 64KiB, 16MiB or 1GiB, or a number of bytes, got {value!r}")
     if count < 1:
         raise ValueError("expected a size of at least 1B")
     return count
@@ -168,9 +166,7 @@ Properties = Annotated[
 class KafkaSourceSettings(Settings):
     """One topic, read as a member of one consumer group."""
 
-    brokers: Text = Field(
-        description="Where to reach the cluster first: `host:port`, several separated by commas."
-    )
+    brokers: Text = Field(description="Where to reach the cluster first: `host:port`, several separated by commas.")
     topic: Topic = Field(description="Topic the requests are read from.")
     group: Text = Field(default="", description="Consumer group. Default: the pipeline's name.")
     start: Literal["earliest", "latest"] = Field(
@@ -185,7 +181,5 @@ class KafkaSinkSettings(Settings):
     """One topic, written with acknowledgement by all replicas in sync."""
 
     topic: Topic = Field(description="Topic the records are written to. It must exist.")
-    brokers: Text = Field(
-        default="", description="`host:port`, several separated by commas. Default: the source's."
-    )
+    brokers: Text = Field(default="", description="`host:port`, several separated by commas. Default: the source's.")
     config: Properties = Field(default={}, description="Any librdkafka property. Default: the source's.")

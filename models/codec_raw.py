@@ -3,6 +3,7 @@
 For `requests: {format: raw}`. No header, no copy: a chunk of bodies is laid end to end, one body is looked at where it
 lies. The answers are V2 responses.
 """
+# ruff: noqa: ARG002 - this format needs less than the protocol gives
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from math import prod
 
 from inferbus.models.base import InvalidModel, ModelInfo, Signature
 from inferbus.models.codec_v2 import V2Answers
-from inferbus.models.columns import ChunkDecoder, Headers, Share, expected, raw_elements, refuse
+from inferbus.models.columns import ChunkDecoder, Headers, Share, raw_elements, refuse
 
 
 class RawCodec(ChunkDecoder, V2Answers):
@@ -36,13 +37,13 @@ class RawCodec(ChunkDecoder, V2Answers):
         rows = [len(body) // self._row_bytes for body in bodies]
         if min(rows) < 1 or any(len(body) % self._row_bytes for body in bodies):
             raise ValueError
-        whole = memoryview(b"".join(bodies) if len(bodies) > 1 else bodies[0])
+        whole = memoryview(bytearray().join(bodies) if len(bodies) > 1 else bodies[0])
         part = raw_elements(self._spec, whole, sum(rows) * self._row_elements)
         return [Share((self._spec.row_shape,), rows, [None] * len(rows), [[part]])]
 
     def exact(self, body: bytes, headers: Headers) -> Share:
         """See `ChunkDecoder.exact`."""
         if not body or len(body) % self._row_bytes:
-            row = f"{self._row_elements} x {expected(self._spec.datatype)}"
-            raise refuse(f"body has {len(body)} bytes, expected rows of {self._row_bytes}: {row}")
+            row = f"a row is {self._row_elements} {self._spec.datatype}"
+            raise refuse(f"body has {len(body)} bytes, expected one or more times {self._row_bytes}: {row}")
         return next(iter(self.at_once([body], [headers])))

@@ -2,6 +2,7 @@
 
 For `requests: {format: text}`. The string may be empty. The answers are V2 responses.
 """
+# ruff: noqa: ARG002 - this format needs less than the protocol gives
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ def _split(body: bytes, headers: Headers) -> tuple[bytes | memoryview, _Tail]:
         return body, _Tail(None)
     text = lengths.pop()
     if lengths or not text.isdigit() or len(text) > 20 or int(text) > len(body):
-        raise refuse(f"header {JSON_LENGTH} is not the bytes of JSON in the body, an integer up to {len(body)}")
+        raise refuse(f"header {JSON_LENGTH} is wrong, expected the length of the JSON, an integer up to {len(body)}")
     view = memoryview(body)
     return view[: int(text)], _Tail(view[int(text) :])
 

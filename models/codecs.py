@@ -5,6 +5,8 @@ The checks stand between predicting and encoding: an answer that passed them can
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +25,12 @@ from inferbus.models.codec_raw import RawCodec
 from inferbus.models.codec_text import TextCodec
 from inferbus.models.codec_v2 import V2Codec
 
-_CODECS = {"v2": V2Codec, "json": JsonCodec, "raw": RawCodec, "text": TextCodec}
+_CODECS: dict[str, Callable[[Signature, ModelInfo, int], Codec]] = {
+    "v2": V2Codec,
+    "json": JsonCodec,
+    "raw": RawCodec,
+    "text": TextCodec,
+}
 
 
 def codec(format: str, signature: Signature, info: ModelInfo, *, max_message_bytes: int = 16 << 20) -> Codec:  # noqa: A002

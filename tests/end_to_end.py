@@ -11,6 +11,7 @@ import http.client
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from tests.tiny_models import floats, python_model, save
 
 COMMAND = (sys.executable, "-m", "inferbus.worker.cli", "run")
 PATIENCE = 120.0  # seconds any one thing may take before the scenario is called hung
+CHANCE = random.Random(3)  # noqa: S311 - no secret hangs on it
 Headers = tuple[tuple[str, bytes], ...]
 
 
@@ -45,8 +47,8 @@ class Sizes:
     requests_under_kills: int = 20_000
     malformed: int = 5_000
     broker_restarts: int = 10
-    rounds_of_workers: int = 10  # of joining, leaving and being killed
-    requests: int = 20_000  # of every other scenario under load
+    rounds_of_workers: int = 10  # of joining, and leaving or being killed
+    requests: int = 20_000  # of every other scenario that needs many
 
 
 SIZES = Sizes()
@@ -153,6 +155,13 @@ def good_ones(count: int, first: int = 0, *, keys: int = 50) -> list[Request]:
     return [good(serial, keys=keys) for serial in range(first, first + count)]
 
 
+def shuffled(requests: Iterable[Request]) -> list[Request]:
+    """The same in a random order, and in the same one each time."""
+    several = list(requests)
+    CHANCE.shuffle(several)
+    return several
+
+
 def publish(brokers: str, topic: str, requests: Iterable[Request], *, rate: float = 0.0) -> list[Request]:
     """Publish in order, at most `rate` a second; answers the same requests with the place each was given.
 
@@ -171,9 +180,8 @@ def publish(brokers: str, topic: str, requests: Iterable[Request], *, rate: floa
     producer = Producer({**settings, "partitioner": "murmur2_random", "error_cb": lambda _: None, "log_level": 0})
     began = time.monotonic()
     for number, request in enumerate(requests):
-        if rate:
-            while time.monotonic() < began + number / rate:
-                producer.poll(0.002)
+        while rate and time.monotonic() < began + number / rate:
+            producer.poll(0.002)
         producer.produce(
             topic,
             request.body,
@@ -189,21 +197,29 @@ def publish(brokers: str, topic: str, requests: Iterable[Request], *, rate: floa
 
 
 class Load(threading.Thread):
-    """Publishes in the background while the scenario does its harm; `end` waits for it and answers what was placed."""
+    """Publishes good requests, `rate` a second, while the scenario does its harm; `end` answers what was placed."""
 
-    def __init__(self, brokers: str, topic: str, requests: Sequence[Request], rate: float) -> None:
+    def __init__(self, brokers: str, topic: str, rate: float) -> None:
         super().__init__(name="load", daemon=True)
-        self._publish = lambda: publish(brokers, topic, requests, rate=rate)
-        self._placed: list[Request] | None = None
+        self._ending = threading.Event()
+        self._publish = lambda: publish(brokers, topic, self._requests(), rate=rate)
+        self._placed: list[Request] = []
         self.start()
+
+    def _requests(self) -> Iterator[Request]:
+        return itertools.takewhile(lambda _: not self._ending.is_set(), map(good, itertools.count()))
 
     def run(self) -> None:
         self._placed = self._publish()
 
     def end(self) -> list[Request]:
+        self._ending.set()
         self.join(2 * PATIENCE)
-        assert self._placed is not None, "not everything could be published"
+        assert self._placed, "not everything could be published"
         return self._placed
+
+
+MALFORMED: dict[str, tuple[bytes, Headers]] = {str(n): (b"%d" % n, ()) for n in range(40)}
 
 
 # Outcomes
@@ -510,11 +526,13 @@ class Scene:
         return placed
 
     @contextlib.contextmanager
-    def load(self, requests: Sequence[Request], rate: float) -> Iterator[None]:
+    def load(self, rate: float) -> Iterator[None]:
         """Publish in the background at `rate` a second; on exit all is published, and expected."""
-        load = Load(self.brokers, self.topic, requests, rate)
-        yield
-        self.asked += load.end()
+        load = Load(self.brokers, self.topic, rate)
+        try:
+            yield
+        finally:
+            self.asked += load.end()
 
     def worker(self, *arguments: str, **config: object) -> Worker:
         """Start `inferbus run`; `config` are librdkafka properties with `_` for `.`, as `group_instance_id`."""

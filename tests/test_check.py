@@ -60,13 +60,9 @@ def test_check_prints_the_effective_pipeline_and_what_the_model_takes_and_gives(
     ]
 
 
-def test_check_finds_a_name_in_the_repository(
-    write: Callable[[str], str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_finds_a_name_in_the_repository(write: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     file = write("model: digits\nrepository: models/\nbatch: {max_delay: 5ms}\n")
-    (Path(file).parent / "models" / "digits" / "7" / "model.yaml").write_text(
-        "batch: {max_rows: 32, max_delay: 1s}"
-    )
+    (Path(file).parent / "models" / "digits" / "7" / "model.yaml").write_text("batch: {max_rows: 32, max_delay: 1s}")
     assert main(["check", file]) == 0
     out = capsys.readouterr().out
     assert "# model: digits, version 7, onnxruntime on cpu\n" in out

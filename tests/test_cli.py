@@ -49,9 +49,7 @@ def fail(
 # Help
 
 
-@pytest.mark.parametrize(
-    "argv", [["--help"], ["run", "--help"], ["errors", "replay", "--help"], ["--version"]]
-)
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["errors", "replay", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(argv: Sequence[str]) -> None:
     code = f"""
 import sys
@@ -107,9 +105,7 @@ def test_help_lists_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
         (["errors", "replay", "p.yaml", "--rate", "0/s"], "expected more than 0/s"),
     ],
 )
-def test_what_cannot_be_meant_is_usage(
-    argv: Sequence[str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_meant_is_usage(argv: Sequence[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(argv)
     assert ended.value.code == 2

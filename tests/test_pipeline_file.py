@@ -186,9 +186,7 @@ def test_durations_become_seconds(text: object, value: float) -> None:
     assert seconds(text) == pytest.approx(value, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    "text", [5, 5.0, "5", "5 s", "-5s", "5d", "", None, True, "s", "1e3s", [], float("nan")]
-)
+@pytest.mark.parametrize("text", [5, 5.0, "5", "5 s", "-5s", "5d", "", None, True, "s", "1e3s", [], float("nan")])
 def test_a_duration_without_a_unit_we_know_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="expected a number and its unit, such as 250ms, 5s, 2m or 1h"):
         seconds(text)
@@ -256,14 +254,11 @@ def test_an_override_replaces_null_by_a_mapping(write: Any) -> None:
 
 
 def test_a_wrong_override_is_named_in_place_of_file_and_line(problems: Any) -> None:
-    assert problems(
-        GOOD, "batch.max_rows=x", "batch.max_row=3", "model.path=a.onnx", "sink.kafka={topik: x}"
-    ) == [
+    assert problems(GOOD, "batch.max_rows=x", "batch.max_row=3", "model.path=a.onnx", "sink.kafka={topik: x}") == [
         "--set batch.max_row: batch.max_row: unknown key; did you mean max_rows?",
         "--set batch.max_rows: batch.max_rows: expected a whole number, got 'x'",
         "--set model.path: model.path: cannot be set: model is no mapping in the file",
-        "--set sink.kafka: sink.kafka.topic: is missing; "
-        "expected: Topic the records are written to. It must exist.",
+        "--set sink.kafka: sink.kafka.topic: is missing; expected: Topic the records are written to. It must exist.",
         "--set sink.kafka: sink.kafka.topik: unknown key; did you mean topic?",
     ]
 
@@ -313,10 +308,8 @@ def test_a_variable_that_has_no_value_is_named_with_its_line(problems: Any) -> N
     assert problems(text, "order=${ORDER}") == [
         "p.yaml:7: drain: the variable WAIT is not set; set it, or write ${WAIT:-default}",
         "p.yaml:9: retry.start: ${file:gone} cannot be read: No such file or directory",
-        "p.yaml:10: retry.bounded: expected ${VAR}, ${VAR:-default} or ${file:/path}; "
-        "a plain $ is written $$",
-        "p.yaml:11: retry.max_backoff: expected ${VAR}, ${VAR:-default} or ${file:/path}; "
-        "a plain $ is written $$",
+        "p.yaml:10: retry.bounded: expected ${VAR}, ${VAR:-default} or ${file:/path}; a plain $ is written $$",
+        "p.yaml:11: retry.max_backoff: expected ${VAR}, ${VAR:-default} or ${file:/path}; a plain $ is written $$",
         "--set order: order: the variable ORDER is not set; set it, or write ${ORDER:-default}",
     ]
 
@@ -358,10 +351,8 @@ zzz: 1
         "p.yaml:9: source.kafka.brokers: expected text, got 9092; put it in quotes",
         "p.yaml:9: source.kafka.start: expected 'earliest' or 'latest', got 'newest'",
         "p.yaml:9: source.kafka.config: expected a mapping (`key: value`), got a list",
-        "p.yaml:11: sink.0.kafka.topic: 'a b' is not allowed; "
-        "expected 1 to 249 letters, digits, '.', '_' or '-'",
-        "p.yaml:12: sink.1.kafka.topic: is missing; "
-        "expected: Topic the records are written to. It must exist.",
+        "p.yaml:11: sink.0.kafka.topic: 'a b' is not allowed; expected 1 to 249 letters, digits, '.', '_' or '-'",
+        "p.yaml:12: sink.1.kafka.topic: is missing; expected: Topic the records are written to. It must exist.",
         "p.yaml:13: errors: expected a mapping (`key: value`), got nothing",
         "p.yaml:15: order: is written twice, first in line 14; keep one",
         "p.yaml:16: http.port: expected at most 65535, got 99999",
@@ -434,12 +425,9 @@ errors:
         "p.yaml:4: batch.max_rows: 300 requests of one row each never come together while "
         "flow.max_inflight is 200; "
         "expected at most as many",
-        "p.yaml:4: batch.max_bytes: 2GiB is more than flow.max_inflight_bytes, 256MiB; "
-        "expected at most as much",
-        "p.yaml:5: flow.bogus: unknown key; "
-        "allowed: max_inflight, max_inflight_bytes, max_message_bytes, max_resident",
-        "p.yaml:5: flow.max_message_bytes: 1GiB is more than flow.max_inflight_bytes, 256MiB; "
-        "expected at most as much",
+        "p.yaml:4: batch.max_bytes: 2GiB is more than flow.max_inflight_bytes, 256MiB; expected at most as much",
+        "p.yaml:5: flow.bogus: unknown key; allowed: max_inflight, max_inflight_bytes, max_message_bytes, max_resident",
+        "p.yaml:5: flow.max_message_bytes: 1GiB is more than flow.max_inflight_bytes, 256MiB; expected at most as much",
         "p.yaml:5: flow.max_resident: the messages alone may take 256MiB (flow.max_inflight_bytes); "
         "expected more than that",
         "p.yaml:9: sink.kafka.topic: 'in' is the topic that requests are read from; expected another one",
@@ -473,9 +461,7 @@ def test_the_same_topic_name_on_another_cluster_is_no_contradiction(write: Any) 
         ("enable.auto.commit", ""),
     ],
 )
-def test_a_librdkafka_property_that_is_a_setting_of_ours_is_refused(
-    problems: Any, key: str, cure: str
-) -> None:
+def test_a_librdkafka_property_that_is_a_setting_of_ours_is_refused(problems: Any, key: str, cure: str) -> None:
     (problem,) = problems(GOOD, f"source.kafka.config.{key}=true")
     assert f"{key!r} cannot be set here: {cure}" in problem
 
@@ -512,9 +498,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 # Whatever is in the file, a mistake in it is told and never a bug of ours.
 
 _SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.dates())
-_KEYS = st.sampled_from(
-    [*PipelineSettings.model_fields, "kafka", "topic", "config", "path", "shadow", "x", 3, "1"]
-)
+_KEYS = st.sampled_from([*PipelineSettings.model_fields, "kafka", "topic", "config", "path", "shadow", "x", 3, "1"])
 _VALUES = st.recursive(
     _SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4),
@@ -524,9 +508,7 @@ _VALUES = st.recursive(
 
 @settings_of_hypothesis(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(_KEYS, _VALUES, max_size=6))
-def test_any_values_are_settings_or_told_as_mistakes(
-    tmp_path_factory: pytest.TempPathFactory, values: object
-) -> None:
+def test_any_values_are_settings_or_told_as_mistakes(tmp_path_factory: pytest.TempPathFactory, values: object) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(GOOD + yaml.safe_dump({"extra": values}) + yaml.safe_dump(values, allow_unicode=True))
     with pytest.raises(PipelineFileError) as caught:
@@ -589,13 +571,9 @@ def test_redact_takes_secrets_out_of_any_text(write: Any) -> None:
     assert pickle.loads(pickle.dumps(redact))("id-from-a-file") == "***"  # noqa: S301 - our own
 
 
-@pytest.mark.parametrize(
-    "override", ["source.kafka.config.sasl.password=[hunter2]", "flow.max_bytes=hunter2"]
-)
+@pytest.mark.parametrize("override", ["source.kafka.config.sasl.password=[hunter2]", "flow.max_bytes=hunter2"])
 def test_a_mistake_beside_a_secret_does_not_tell_it(problems: Any, override: str) -> None:
-    text = GOOD.replace(
-        "topic: digits.requests}", "topic: in, config: {sasl.password: '${PW}', sasl.passwrd: 3}}"
-    )
+    text = GOOD.replace("topic: digits.requests}", "topic: in, config: {sasl.password: '${PW}', sasl.passwrd: 3}}")
     told = "\n".join(problems(text, override, "drain=${PW}", "order=${PW}", "http.port=${PW}", PW="hunter2"))
     assert "hunter2" not in told.replace(override, "")
     assert "--set drain: drain: expected a number and its unit" in told

@@ -140,9 +140,7 @@ def test_wait_prints_the_outcome_of_each_request_and_of_no_other(
     assert {outcome["id"] for outcome in outcomes} == ids
     assert len(outcomes) == 5
     failed = [outcome for outcome in outcomes if outcome["status"] == "error"]
-    assert [(o["error"]["code"], o["error"]["id"]) for o in failed] == [
-        ("model_error", o["id"]) for o in failed
-    ]
+    assert [(o["error"]["code"], o["error"]["id"]) for o in failed] == [("model_error", o["id"]) for o in failed]
     fine = [outcome["outcome"] for outcome in outcomes if outcome["status"] == "ok"]
     assert sorted(fine, key=str) == [{"base64": "//4="}, {"outputs": []}, {"outputs": []}]
 
@@ -224,9 +222,7 @@ def test_error_records_are_chosen_by_code_stage_time_and_number(
     assert len(listed("--limit", "2")) == 2
 
 
-def test_what_a_requester_wrote_does_not_steer_the_terminal(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_requester_wrote_does_not_steer_the_terminal(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench.fail("a\x1b[2J", message="x\r\n\x9b1m")
     assert main(["errors", "list", bench.file]) == 0
     out = capsys.readouterr().out
@@ -251,9 +247,7 @@ def test_a_record_is_shown_whole_and_bytes_that_are_no_text_in_base64(
     }
 
 
-def test_an_id_without_an_error_record_is_the_users_mistake(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_id_without_an_error_record_is_the_users_mistake(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["errors", "show", bench.file, "gone"]) == 1
     assert capsys.readouterr().err == f"inferbus: no error record of a request 'gone' in {bench.errors}\n"
 
@@ -288,7 +282,7 @@ def test_a_replay_leaves_what_has_no_body_and_what_was_replayed_enough(
     assert main(["errors", "replay", bench.file]) == 0
     assert capsys.readouterr().out == (
         "2 replayed; 1 left, for their records were too large to keep the body; "
-        "1 left, for they were replayed 3 times already\n"
+        "1 left, for they were replayed enough (--max-replays 3)\n"
     )
     taken = {body: dict(headers)["inferbus-replays"] for _, body, headers in bench.taken(bench.source)}
     assert taken == {b"body of twice": b"3", b"body of forged": b"1"}

@@ -181,12 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(redact=str)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
-    demo = _command(
-        commands, "demo", _demo, "digits in, predictions out, on an embedded broker, in under a minute"
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("inferbus-demo"), metavar="DIR", help="default: inferbus-demo"
-    )
+    demo = _command(commands, "demo", _demo, "digits in, predictions out, on an embedded broker, in under a minute")
+    demo.add_argument("--out", type=Path, default=Path("inferbus-demo"), metavar="DIR", help="default: inferbus-demo")
 
     run = _command(commands, "run", _run, "serve a pipeline until stopped")
     _takes_a_pipeline(run)
@@ -197,17 +193,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--role", metavar="ROLE", help="not available yet")
     run.add_argument("--all", action="store_true", help="not available yet")
 
-    check = _command(
-        commands, "check", _check, "validate a pipeline file and its model; print the effective pipeline"
-    )
+    check = _command(commands, "check", _check, "validate a pipeline file and its model; print the effective pipeline")
     _takes_a_pipeline(check)
     check.add_argument("--connect", action="store_true", help="also reach the source and every sink")
 
     send = _command(commands, "send", _send, "publish requests")
     _takes_a_pipeline(send)
-    send.add_argument(
-        "--file", type=Path, required=True, metavar="ROWS.jsonl", help="each line is one request body"
-    )
+    send.add_argument("--file", type=Path, required=True, metavar="ROWS.jsonl", help="each line is one request body")
     send.add_argument("--wait", action="store_true", help="print each outcome as a JSON line")
     send.add_argument(
         "--timeout",
@@ -239,9 +231,7 @@ def _errors_parsers(errors: argparse.ArgumentParser) -> None:
     replay = _command(actions, "replay", _errors_replay, "publish the requests again")
     _takes_a_pipeline(replay)
     _chooses(replay)
-    replay.add_argument(
-        "--id", action="append", default=[], metavar="ID", help="only this request; may be repeated"
-    )
+    replay.add_argument("--id", action="append", default=[], metavar="ID", help="only this request; may be repeated")
     replay.add_argument("--rate", type=_rate, metavar="N/s", help="at most N requests a second")
     replay.add_argument(
         "--max-replays",
@@ -250,17 +240,13 @@ def _errors_parsers(errors: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave what was replayed N times; default 3",
     )
-    replay.add_argument(
-        "--dry-run", action="store_true", help="say what would be published, and publish nothing"
-    )
+    replay.add_argument("--dry-run", action="store_true", help="say what would be published, and publish nothing")
 
 
 def _command(
     commands: Any, name: str, act: Callable[[argparse.Namespace], int] | None, text: str
 ) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text, allow_abbrev=False
-    )
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     if act is not None:
         parser.set_defaults(act=act)
     return parser

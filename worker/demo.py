@@ -48,8 +48,10 @@ errors:
 """
 
 SHIPPED = Path(__file__).parent / "digits"
-RIGHT_AT_LEAST = 0.95  # of the held-out digits; the shipped model has 0.97
-PATIENCE = 60.0  # seconds without an outcome until the demo gives up
+RIGHT_AT_LEAST = 0.95  # of all digits, and of those held out from training; the shipped model has 0.97
+PATIENCE = 60.0  # seconds the worker has for its first answer, for all others, and to end
+# The embedded broker answers a fetch that found nothing only when its wait is over; a real one as soon as records come.
+FETCH_SOON = "source.kafka.config.fetch.wait.max.ms=10"
 SHADES = " .:+#"  # of a pixel, from 0 to 16
 
 
@@ -108,7 +110,7 @@ def demo(out: Path) -> int:
     _say(f"\n{digits:,} handwritten digits, there and back over Kafka's own protocol.\n")
     with _broker() as brokers:
         _say(f"  An embedded Kafka broker listens at {brokers}.")
-        _say(f"  `inferbus run {pipeline}` starts and joins its consumer group: about five seconds.")
+        _say(f"  `inferbus run {pipeline}` starts and joins a consumer group: about five seconds.")
         outcomes = _exchanged(pipeline, brokers, requests)
     if code := outcomes.code:
         return _failed(f"the worker ended with code {code}: {_last_words(out)}", code if code > 0 else BUG)
@@ -117,8 +119,8 @@ def demo(out: Path) -> int:
         return _failed(f"{len(wrong):,} outcomes are not as they must be: {', '.join(wrong[:3])}; see {log}", BUG)
     answers = _written(out, requests, outcomes)
     _say_summary(out, requests, outcomes, answers)
-    if (share := _share_right(answers, held_out=True)) < RIGHT_AT_LEAST:
-        return _failed(f"{share:.1%} right is less than {RIGHT_AT_LEAST:.0%}", BUG)
+    if (share := min(_share_right(answers), _share_right(answers, held_out=True))) < RIGHT_AT_LEAST:
+        return _failed(f"the accuracy is {share:.1%}; expected at least {RIGHT_AT_LEAST:.0%}", BUG)
     _say_next(pipeline)
     return DONE
 
@@ -156,6 +158,8 @@ def _prepared(out: Path, requests: Sequence[Request]) -> Path:
     """The pipeline file, written with its model and the requests beside it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("predictions.jsonl", "errors.jsonl"):
+            (out / name).unlink(missing_ok=True)  # those of an earlier run, should this one fail
         shutil.copyfile(SHIPPED / "digits.onnx", out / "digits.onnx")
         (out / "requests.jsonl").write_bytes(b"".join(request.body + b"\n" for request in requests))
         (out / "digits.yaml").write_text(PIPELINE)
@@ -170,7 +174,7 @@ def _broker() -> Iterator[str]:
         from inferbus.connectors.embedded import embedded_broker  # noqa: PLC0415 - an extra
     except ModuleNotFoundError:
         raise Misconfigured(access.MISSING) from None
-    with embedded_broker() as brokers:
+    with embedded_broker("digits.requests", "digits.predictions", "digits.errors") as brokers:
         yield brokers
 
 
@@ -180,7 +184,7 @@ def _broker() -> Iterator[str]:
 def _exchanged(pipeline: Path, brokers: str, requests: Sequence[Request]) -> Outcomes:
     """Start a worker, publish the requests, read what becomes of them, stop the worker."""
     outcomes = Outcomes()
-    settings = load(pipeline, environ={"BROKERS": brokers})
+    settings = load(pipeline, [FETCH_SOON], {"BROKERS": brokers})
     sink, errors = settings.sink[0].kafka, settings.errors[0].kafka
     with ExitStack() as stack:
         publisher = stack.enter_context(access.publisher(settings.source.kafka))
@@ -203,7 +207,7 @@ def _exchanged(pipeline: Path, brokers: str, requests: Sequence[Request]) -> Out
 @contextlib.contextmanager
 def _worker(pipeline: Path, brokers: str) -> Iterator[subprocess.Popen[bytes]]:
     """`inferbus run`, its log beside the pipeline file."""
-    command = [*COMMAND, "run", str(pipeline), "--set", "http=null"]
+    command = [*COMMAND, "run", str(pipeline), "--set", "http=null", "--set", FETCH_SOON]
     with (pipeline.parent / "worker.log").open("wb") as log:
         worker = subprocess.Popen(  # noqa: S603 - our own command line
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "BROKERS": brokers}
@@ -286,20 +290,20 @@ def _say_summary(out: Path, requests: Sequence[Request], outcomes: Outcomes, ans
     rows = [t["rows"] for t in timings.values()]
     predict = statistics.median(t["predict_ms"] for t in timings.values())
     held_out = sum(answer.digit.held_out for answer in answers)
-    _say(f"  It answered the first digit {seen[first] - sent[first]:.1f} s later, and then all others at once.\n")
+    _say(f"  The first digit was answered after {seen[first] - sent[first]:.1f} s; then all others went at once.\n")
     _say(_drawn(answers))
     _say(f"""\
-  requests     {len(requests):>6,}   {len(answers):,} digits, and {len(outcomes.errors)} malformed on purpose
-  predictions  {len(outcomes.predictions):>6,}   exactly one for each digit
-  errors       {len(outcomes.errors):>6,}   exactly one for each malformed request:""")
+  requests     {len(requests):>7,}   {len(answers):,} digits, and {len(outcomes.errors)} malformed on purpose
+  predictions  {len(outcomes.predictions):>7,}   exactly one for each digit
+  errors       {len(outcomes.errors):>7,}   exactly one for each malformed request:""")
     for error in sorted((_error(m) for m in outcomes.errors), key=lambda error: str(error["id"])):
-        _say(f"                        {error['code']}: {error['message']}")
+        _say(f"                         {error['code']}: {error['message']}")
     _say(f"""\
-  accuracy     {_share_right(answers):>6.1%}   and {_share_right(answers, held_out=True):.1%} \
-of the {held_out} digits that the model never saw
-  throughput   {rate:>6,.0f}   requests/s, in one burst of {len(rest):,}
-  latency      {waits[49]:>6.1f}   ms is the median in that burst, from publishing to reading; p99 {waits[98]:.1f} ms
-  batches      {len(rows):>6,}   of {min(rows)} to {max(rows)} digits; the model took {predict:.2f} ms a batch (median)
+  accuracy     {_share_right(answers):>7.1%}   and {_share_right(answers, held_out=True):.1%} \
+on the {held_out} digits the model never saw
+  throughput   {rate:>7,.0f}   requests a second, in one burst of {len(rest):,}
+  latency      {waits[49]:>4.0f} ms   median in that burst, from publishing to reading; p99 {waits[98]:.0f} ms
+  batches      {len(rows):>7,}   of {min(rows)} to {max(rows)} digits; the model took {predict:.2f} ms for one (median)
 
   predictions    {out / "predictions.jsonl"}
   error records  {out / "errors.jsonl"}

@@ -156,7 +156,7 @@ def replay(
             source.finish()
     said = [f"{count} {'would be replayed' if dry_run else 'replayed'}"]
     said += [f"{omitted} left, for their records were too large to keep the body"] if omitted else []
-    said += [f"{spent} left, for they were replayed {max_replays} times already"] if spent else []
+    said += [f"{spent} left, for they were replayed enough (--max-replays {max_replays})"] if spent else []
     sys.stdout.write("; ".join(said) + "\n")
     return DONE
 

@@ -189,7 +189,7 @@ class Pipeline:
             for device in self._devices:
                 if device.failure is not None:
                     raise device.failure
-            self._breathe()
+            self._tick_source(self._clock())  # while the model loads, or the group waits for us
             self.bell.wait(REST)
         executor = self._devices[0].executor
         self.info = executor.info
@@ -210,10 +210,6 @@ class Pipeline:
                 return
             self.bell.wait(backoff)
             backoff = min(self._limits.max_backoff, backoff * 2)
-
-    def _breathe(self) -> None:
-        """While the model loads the source must be polled all the same, or the group waits for us."""
-        self._source.tick(self._clock())
 
     # Running
 
@@ -254,13 +250,23 @@ class Pipeline:
         now = self._stepped_at = self._clock()
         moved = self._collect()
         self._delivery.tick()
-        self._source_tick = self._source.tick(now)
+        self._tick_source(now)
         if self._leftovers:
             self._drop_leftovers()
         if not self.draining and now >= self._retry_at:
             moved |= self._receive(now)
         self._expire(now)
         return self._dispatch(now, flush=self.draining) or moved
+
+    def _tick_source(self, now: float) -> None:
+        try:
+            self._source_tick = self._source.tick(now)
+        except Unavailable as error:
+            self._source_tick = now + REST
+            self._source_away(now, str(error))
+        except Fatal as error:
+            self._source_tick = now + REST
+            self._die(str(error))
 
     def _rest(self) -> None:
         now = self._clock()

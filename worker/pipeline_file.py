@@ -64,9 +64,7 @@ class Problem(NamedTuple):
     text: str
 
 
-def load(
-    path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ
-) -> PipelineSettings:
+def load(path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> PipelineSettings:
     """The pipeline that the file at `path` describes, complete with its defaults.
 
     Args:
@@ -114,9 +112,7 @@ class Draft:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
             begun = f"{error.context} " if isinstance(error, ComposerError) and error.context else ""
-            raise PipelineFileError(
-                [f"{self.path}{line}: is not valid YAML: {begun}{error.problem}"]
-            ) from None
+            raise PipelineFileError([f"{self.path}{line}: is not valid YAML: {begun}{error.problem}"]) from None
         except (ReaderError, RecursionError) as error:
             why = error.reason if isinstance(error, ReaderError) else "it is nested without end"
             raise PipelineFileError([f"{self.path}: is not valid YAML: {why}"]) from None
@@ -405,12 +401,8 @@ def _explained(error: ErrorDetails, way: Way) -> str:
 
 
 _EXPECTED = {
-    **dict.fromkeys(
-        ("model_type", "model_attributes_type", "dict_type"), "expected a mapping (`key: value`)"
-    ),
-    **dict.fromkeys(
-        ("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "expected a whole number"
-    ),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected a mapping (`key: value`)"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "expected a whole number"),
     **dict.fromkeys(("string_type", "string_too_short", "path_type"), "expected text"),
     "greater_than_equal": "expected at least {ge}",
     "greater_than": "expected more than {gt:g}",

@@ -94,9 +94,7 @@ def _local(value: object) -> object:
     return value
 
 
-FilePath = Annotated[
-    Path, BeforeValidator(_local, json_schema_input_type=str), AfterValidator(_from_the_files_folder)
-]
+FilePath = Annotated[Path, BeforeValidator(_local, json_schema_input_type=str), AfterValidator(_from_the_files_folder)]
 """A path; in the file it is relative to the file's own folder."""
 
 
@@ -114,9 +112,7 @@ class ModelSettings(Settings):
         ]
         | None
     ) = Field(default=None, description="`name`, `name@version` or `name@alias` in `repository`.")
-    executor: Text | None = Field(
-        default=None, description="What runs the model. Default: by the kind of the file."
-    )
+    executor: Text | None = Field(default=None, description="What runs the model. Default: by the kind of the file.")
     device: Text = Field(default="cpu", description="Where it runs, such as `cpu` or `cuda:0`.")
     replicas: Count = Field(
         # One session already spreads over the cores; more copies help only where one leaves the device idle.
@@ -258,16 +254,14 @@ class PipelineSettings(Settings):
         matching(r"[a-z0-9-]{1,200}", "1 to 200 lower-case letters, digits or '-'"),
         Field(json_schema_extra={"pattern": "^[a-z0-9-]{1,200}$"}),
     ] = Field(description="Label of its metrics and default consumer group.")
-    model: Annotated[
-        ModelSettings, BeforeValidator(_spelled_out, json_schema_input_type=str | ModelSettings)
-    ] = Field(description="A model file, a name in `repository`, or a mapping with `path` or `name`.")
+    model: Annotated[ModelSettings, BeforeValidator(_spelled_out, json_schema_input_type=str | ModelSettings)] = Field(
+        description="A model file, a name in `repository`, or a mapping with `path` or `name`."
+    )
     repository: FilePath | None = Field(
         default=None,
         description="Folder of models, `<name>/<version>/` each, relative to this file's folder.",
     )
-    requests: RequestsSettings = Field(
-        default_factory=RequestsSettings, description="How request bodies are written."
-    )
+    requests: RequestsSettings = Field(default_factory=RequestsSettings, description="How request bodies are written.")
     batch: BatchSettings = Field(default_factory=BatchSettings, description="When a batch is full.")
     flow: FlowSettings = Field(default_factory=FlowSettings, description="How much may be under way.")
     source: SourceSettings = Field(description="Where requests come from.")

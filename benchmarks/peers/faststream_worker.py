@@ -1,27 +1,27 @@
-"""FastStream on confluent-kafka: a batch subscriber, its answers published together."""
+"""FastStream on confluent-kafka: a batch subscriber that publishes its answers together.
+
+As its documentation shows it, but for the batch size and `linger_ms`: with its default of 0 every answer travels
+alone, at a third of the rate.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-import orjson
 from faststream import FastStream
-from faststream.confluent import KafkaBroker, KafkaMessage
+from faststream.confluent import KafkaBroker
 from model import Model, arguments
 
 args = arguments()
 model = Model(args.model)
-broker = KafkaBroker(args.brokers, logger=None)
+broker = KafkaBroker(args.brokers, linger_ms=1, logger=None)
 
 
-async def parse(body: KafkaMessage) -> object:
-    return body
-
-
-@broker.subscriber(args.source, batch=True, max_records=args.rows, polling_interval=0.1, group_id=args.group,
-                   auto_offset_reset="earliest", auto_commit=True)
-async def predict(documents: list[dict]) -> None:
-    await broker.publish_batch(*model.answer(documents), topic=args.sink)
+@broker.subscriber(args.source, group_id=args.group, auto_offset_reset="earliest", batch=True, max_records=args.rows)
+async def predict(requests: list[dict[str, Any]]) -> None:
+    """Answer one batch; offsets are committed in the background, FastStream's default."""
+    await broker.publish_batch(*model.answer(requests), topic=args.sink)
 
 
 asyncio.run(FastStream(broker, logger=None).run())
