@@ -76,8 +76,8 @@ class Bus:
 
     def __init__(self, brokers: str) -> None:
         self.brokers = brokers
-        self._admin = AdminClient({"bootstrap.servers": brokers, "log_level": 0})
-        self._reader = Consumer({"bootstrap.servers": brokers, "group.id": f"bench-{uuid.uuid4().hex}"})
+        self._admin = AdminClient({"bootstrap.servers": brokers, "log_level": 2})
+        self._reader = Consumer({"bootstrap.servers": brokers, "group.id": "bench", "log_level": 2})
         self._topics: list[str] = []
 
     def topic(self, max_message: int = 2**20) -> str:
@@ -93,6 +93,7 @@ class Bus:
         until = time.monotonic() + 30.0
         while True:  # the controller has made it; the broker hears that it leads it a moment later
             try:
+                self._reader.list_topics(name, 10.0)  # makes the client forget that it did not know the topic
                 self._ends(name)
                 return name
             except KafkaException:

@@ -27,7 +27,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 def main() -> None:
     """Find the best batch size, fill a topic, let both serve it, print and keep the rates."""
-    parser = arguments(__doc__, messages=3072, runs=5)
+    parser = arguments(__doc__, messages=2048, runs=5)
     parser.add_argument("--rows", type=int, help="batch size, in place of the sweep's best")
     args = parser.parse_args()
     began = os.getloadavg()

@@ -28,7 +28,7 @@ import numpy as np
 import orjson
 import yaml
 from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
-from onnx import TensorProto, helper
+from onnx import helper
 
 from tests.servers import Kafka
 from tests.tiny_models import floats, python_model, save
@@ -56,7 +56,8 @@ if os.environ.get("INFERBUS_SOAK") != "1":
     SIZES = Sizes(**{name: max(1, size // 10) for name, size in vars(SIZES).items()})
 
 
-# The model: `x` FP32 [-1, 3] -> `y` FP32 [-1, 2]. Whole numbers, so that every answer is exact.
+# The model: `x` FP32 [-1, 3], or wider where the rest counts nothing, -> `y` FP32 [-1, 2]. All weights and inputs are
+# whole numbers, so every answer is exact.
 
 WEIGHTS = np.array([[1, -1], [2, 3], [4, 5]], np.float32)
 
@@ -81,11 +82,12 @@ outputs: [{name: y, datatype: FP32, shape: [-1, 2]}]
 """
 
 
-def onnx_model(folder: Path) -> Path:
+def onnx_model(folder: Path, width: int = 3) -> Path:
     """The model as ONNX."""
     node = helper.make_node("MatMul", ["x", "weights"], ["y"])
-    x, y = floats("x", ["batch", 3]), helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
-    return save(folder / "affine.onnx", [node], [x], [y], weights={"weights": WEIGHTS})
+    weights = np.vstack([WEIGHTS, np.zeros((width - 3, 2), np.float32)])
+    x, y = floats("x", ["batch", width]), floats("y", ["batch", 2])
+    return save(folder / "affine.onnx", [node], [x], [y], weights={"weights": weights})
 
 
 def model_that(harm: str, folder: Path) -> Path:
@@ -104,7 +106,8 @@ class Request:
     Attributes:
         expected: Rows of `y`, or the codes of which its error record must have one.
         partition: -1 lets the key decide.
-        row: Where it was published; -1 before.
+        topic: Where it was published; empty before.
+        offset: The same.
     """
 
     body: bytes
@@ -126,19 +129,26 @@ class Request:
         return f"{self.topic}-{self.partition}-{self.offset}"
 
 
-def body_of(rows: Sequence[Sequence[float]]) -> bytes:
-    """A V2 request for these rows of `x`."""
-    flat = [value for row in rows for value in row]
-    return orjson.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [len(rows), 3], "data": flat}]})
+def body_of(rows: Sequence[Sequence[float]], width: int = 3) -> bytes:
+    """A V2 request for these rows of `x`, filled up with zeros."""
+    flat = [value for row in rows for value in (*row, *[0.0] * (width - 3))]
+    return orjson.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": [len(rows), width], "data": flat}]})
 
 
-def asking(rows: Sequence[Sequence[float]], key: bytes | None = None, headers: Headers = ()) -> Request:
+def asking(
+    rows: Sequence[Sequence[float]], key: bytes | None = None, headers: Headers = (), *, width: int = 3
+) -> Request:
     """A good request for these rows."""
     answer: list[list[float]] = (np.array(rows, np.float32) @ WEIGHTS).tolist()
-    return Request(body_of(rows), key, headers, answer)
+    return Request(body_of(rows, width), key, headers, answer)
 
 
-def good(serial: int, *, keys: int = 50) -> Request:
+def refused(body: bytes, key: bytes | None, headers: Headers, *codes: str) -> Request:
+    """A request that must end as an error with one of these codes."""
+    return Request(body, key, headers, frozenset(codes))
+
+
+def good(serial: int, *, keys: int = 50, width: int = 3) -> Request:
     """A good request of 1 to 3 rows; key, id, headers and values all follow from the serial number."""
     rows = [(float(serial), float(serial % 7), float(i)) for i in range(1 + serial % 3)]
     headers = (
@@ -147,12 +157,12 @@ def good(serial: int, *, keys: int = 50) -> Request:
         ("traceparent", b"00-%032x-%016x-01" % (serial + 1, serial + 1)),
         ("tenant", bytes([serial % 256])),  # twice, and not text
     )
-    return asking(rows, b"k%d" % (serial % keys), headers)
+    return asking(rows, b"k%d" % (serial % keys), headers, width=width)
 
 
-def good_ones(count: int, first: int = 0, *, keys: int = 50) -> list[Request]:
+def good_ones(count: int, first: int = 0, *, keys: int = 50, width: int = 3) -> list[Request]:
     """`count` good requests from serial number `first` on."""
-    return [good(serial, keys=keys) for serial in range(first, first + count)]
+    return [good(serial, keys=keys, width=width) for serial in range(first, first + count)]
 
 
 def shuffled(requests: Iterable[Request]) -> list[Request]:
@@ -201,8 +211,8 @@ class Load(threading.Thread):
 
     def __init__(self, brokers: str, topic: str, rate: float) -> None:
         super().__init__(name="load", daemon=True)
+        self._place, self._rate = (brokers, topic), rate
         self._ending = threading.Event()
-        self._publish = lambda: publish(brokers, topic, self._requests(), rate=rate)
         self._placed: list[Request] = []
         self.start()
 
@@ -210,16 +220,13 @@ class Load(threading.Thread):
         return itertools.takewhile(lambda _: not self._ending.is_set(), map(good, itertools.count()))
 
     def run(self) -> None:
-        self._placed = self._publish()
+        self._placed = publish(*self._place, self._requests(), rate=self._rate)
 
     def end(self) -> list[Request]:
         self._ending.set()
         self.join(2 * PATIENCE)
         assert self._placed, "not everything could be published"
         return self._placed
-
-
-MALFORMED: dict[str, tuple[bytes, Headers]] = {str(n): (b"%d" % n, ()) for n in range(40)}
 
 
 # Outcomes

@@ -1,4 +1,4 @@
-"""Malformed V2 requests for a model with one input `x`, FP32 [-1,64]: one of each kind, none of them may be answered."""
+"""Malformed V2 requests for a model with one input `x`, FP32 [-1,64]: one of each kind, none may be answered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def v2_request(data: Any = None, **changes: Any) -> dict[str, Any]:
     return {"id": "one", "inputs": [tensor | changes]}
 
 
-def raw_request(raw: bytes, size: Any = 4 * WIDTH, *, length: bytes | None = None, **changes: Any) -> tuple[bytes, Headers]:
+def raw_request(
+    raw: bytes, size: Any = 4 * WIDTH, *, length: bytes | None = None, **changes: Any
+) -> tuple[bytes, Headers]:
     """A request whose input lies raw behind the JSON, and its headers."""
     request = v2_request(parameters={"binary_data_size": size}, **changes)
     if "data" not in changes:
@@ -53,9 +55,11 @@ def malformed() -> Iterator[tuple[str, bytes, Headers]]:
     yield "an input is a number", b'{"inputs":[1]}', ()
     yield "an input twice", orjson.dumps({"inputs": v2_request()["inputs"] * 2}), ()
     yield "an unknown input", orjson.dumps(v2_request(name="y")), ()
-    yield "an unknown input beside the good one", orjson.dumps(
-        {"inputs": [*v2_request()["inputs"], *v2_request(name="y")["inputs"]]}
-    ), ()
+    yield (
+        "an unknown input beside the good one",
+        orjson.dumps({"inputs": [*v2_request()["inputs"], *v2_request(name="y")["inputs"]]}),
+        (),
+    )
     yield "a hostile name", orjson.dumps(v2_request(name='x"\n\x1b[31m\u202e' * 1000)), ()
     yield "a name that is a number", orjson.dumps(v2_request(name=1)), ()
     yield "a name that is a list", orjson.dumps(v2_request(name=["x"])), ()
@@ -113,7 +117,11 @@ def malformed() -> Iterator[tuple[str, bytes, Headers]]:
         "nothing": b"",
     }
     for name, value in values.items():
-        yield f"data: {name} among numbers", orjson.dumps(v2_request([0.5] * 63 + [7])).replace(b",7]", b",%b]" % value), ()
+        yield (
+            f"data: {name} among numbers",
+            orjson.dumps(v2_request([0.5] * 63 + [7])).replace(b",7]", b",%b]" % value),
+            (),
+        )
     yield "data: one too few", orjson.dumps(v2_request([0.5] * 63)), ()
     yield "data: one too many", orjson.dumps(v2_request([0.5] * 65)), ()
     yield "data: none", orjson.dumps(v2_request([])), ()
@@ -131,7 +139,11 @@ def malformed() -> Iterator[tuple[str, bytes, Headers]]:
     yield "outputs that are a string", orjson.dumps(v2_request() | {"outputs": "y"}), ()
     yield "outputs of numbers", orjson.dumps(v2_request() | {"outputs": [1]}), ()
     yield "parameters that are a list", orjson.dumps(v2_request() | {"parameters": []}), ()
-    yield "binary_data_output that is a string", orjson.dumps(v2_request() | {"parameters": {"binary_data_output": "yes"}}), ()
+    yield (
+        "binary_data_output that is a string",
+        orjson.dumps(v2_request() | {"parameters": {"binary_data_output": "yes"}}),
+        (),
+    )
     yield "an input's parameters that are a list", orjson.dumps(v2_request(parameters=[])), ()
     row = struct.pack(f"<{WIDTH}f", *[0.5] * WIDTH)
     yield "raw: no header", raw_request(row)[0], ()

@@ -318,3 +318,37 @@ def test_a_producer_takes_over_security_and_not_the_consumers_own_properties() -
     assert taken["sasl.password"] == "s"
     assert "group.instance.id" not in taken
     assert "fetch.wait.max.ms" not in taken
+
+
+@pytest.mark.broker
+def test_a_partition_that_is_behind_and_does_not_move_gets_a_new_client(kafka: Kafka) -> None:
+    topic = kafka.topic(partitions=1)
+    place = KafkaPlace(kafka.brokers, topic, topic)
+    hurried = KafkaSource(topic, uuid.uuid4().hex, place.config, clock=lambda: time.monotonic() * 20)
+    hurried.open(Bell(), no_drain)
+    bodies: list[bytes] = []
+    problems: set[str | None] = set()
+
+    def came(count: int) -> Callable[[], bool]:
+        def step() -> bool:
+            messages = hurried.receive(10)
+            bodies.extend(m.body for m in messages)
+            hurried.settle(messages)
+            hurried.tick(hurried._clock())
+            problems.add(hurried.healthy())
+            return len(bodies) == count
+
+        return step
+
+    place.publish(b"one")
+    until(came(1))
+    stuck = hurried._consumer
+    assert stuck is not None
+    stuck.pause(stuck.assignment())  # behind the source's back, as a client that silently stops fetching
+    place.publish(b"two")
+    until(came(2))
+    assert bodies == [b"one", b"two"]
+    assert hurried._consumer is not stuck
+    assert "partition 0 does not move past offset 1" in problems
+    assert hurried.healthy() is None
+    hurried.close()
