@@ -140,6 +140,8 @@ def executors(
     device: str = "cpu",
     replicas: int = 1,
     options: Mapping[str, object] | None = None,
+    *,
+    sharers: int = 1,
 ) -> list[Executor]:
     """`replicas` executors of one model, none loaded yet.
 
@@ -148,6 +150,7 @@ def executors(
         device: `cpu`, `cuda` or `cuda:N`; all replicas share it.
         replicas: At least 1.
         options: Options of the executor: the fields of `OnnxOptions` for onnxruntime, none for python.
+        sharers: Processes like this one on the machine's CPUs, this one included; threads are divided by it.
 
     Raises:
         InvalidModel: A setting is wrong, or a package is missing.
@@ -160,7 +163,7 @@ def executors(
                 name,
                 version,
                 device=device,
-                replicas=replicas,
+                replicas=replicas * sharers,
                 options=options,
                 declared=signature,
             )

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
+
 from inferbus.connectors.base import Misconfigured, Sink, Source
 from inferbus.connectors.settings import KafkaSinkSettings
+from inferbus.models.base import InvalidModel
 from inferbus.models.codecs import codec
 from inferbus.models.repository import Artefact, executors, locate
 from inferbus.models.warmup import warm_up_input
 from inferbus.worker.metrics import Metrics
 from inferbus.worker.pipeline import Limits, Pipeline
 from inferbus.worker.settings import PipelineSettings, SinkSettings
+from inferbus.worker.supervisor import child_count
 
 
 def artefact(settings: PipelineSettings) -> Artefact:
@@ -32,7 +36,11 @@ def limits(settings: PipelineSettings, found: Artefact) -> Limits:
     batch, flow = settings.batch, settings.flow
     own = found.settings.batch
     if own:
-        batch = type(batch).model_validate({**own, **batch.model_dump(mode="json", exclude_unset=True)})
+        try:
+            batch = type(batch).model_validate({**own, **batch.model_dump(mode="json", exclude_unset=True)})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InvalidModel(f"model.yaml: batch.{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None
     return Limits(
         max_rows=batch.max_rows,
         max_delay=batch.max_delay,
@@ -99,7 +107,7 @@ def pipeline(settings: PipelineSettings, metrics: Metrics, child: int | None = N
         sinks,
         errors,
         partial(codec, settings.requests.format, max_message_bytes=bounds.max_message_bytes),
-        executors(found, model.device, model.replicas, model.options),
+        executors(found, model.device, model.replicas, model.options, sharers=child_count()),
         lambda signature: warm_up_input(signature, bounds.max_rows, found.settings.warmup),
         bounds,
         metrics,

@@ -1,0 +1,45 @@
+"""What the pipeline file leaves open, the model's own settings may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from inferbus.models.base import InvalidModel
+from inferbus.worker import build
+from inferbus.worker.pipeline_file import load
+
+from tests.tiny_models import python_model
+
+PIPELINE = """
+name: tiny
+model: {path: model.py}
+source: {kafka: {brokers: localhost, topic: in}}
+sink: {kafka: {topic: out}}
+"""
+
+
+def pipeline(folder: Path, batch: str, own: str = "") -> Path:
+    python_model(folder)
+    with (folder / "model.yaml").open("a") as settings:
+        settings.write(f"\nbatch: {batch}\n")
+    (folder / "pipeline.yaml").write_text(PIPELINE + own)
+    return folder / "pipeline.yaml"
+
+
+def test_the_models_batch_counts_where_the_pipeline_is_silent(tmp_path: Path) -> None:
+    settings = load(pipeline(tmp_path, "{max_rows: 7, max_delay: 5ms}"))
+    limits = build.limits(settings, build.artefact(settings))
+    assert (limits.max_rows, limits.max_delay) == (7, 0.005)
+
+
+def test_the_pipeline_file_has_the_last_word(tmp_path: Path) -> None:
+    settings = load(pipeline(tmp_path, "{max_rows: 7, max_delay: 5ms}", "batch: {max_rows: 9}"))
+    limits = build.limits(settings, build.artefact(settings))
+    assert (limits.max_rows, limits.max_delay) == (9, 0.005)
+
+
+def test_a_wrong_batch_in_the_model_is_an_invalid_model_that_names_it(tmp_path: Path) -> None:
+    settings = load(pipeline(tmp_path, "{max_delay: soon}"))
+    with pytest.raises(InvalidModel, match=r"model\.yaml: batch\.max_delay: expected a number and its unit"):
+        build.limits(settings, build.artefact(settings))
