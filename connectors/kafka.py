@@ -129,10 +129,11 @@ class Revocation:
 class Lease:
     """One assignment of one partition: its epoch. Receipts point here; a closed lease voids them."""
 
-    __slots__ = ("gaps", "moved_at", "open", "partition", "suspected")
+    __slots__ = ("gaps", "moved_at", "open", "partition", "siblings", "suspected")
 
-    def __init__(self, partition: int, now: float) -> None:
+    def __init__(self, partition: int, siblings: int, now: float) -> None:
         self.partition = partition
+        self.siblings = siblings  # partitions of the topic, this one included
         self.open = True
         self.gaps = Gaps()
         self.moved_at = now  # monotonic seconds of the last sign of progress
@@ -419,7 +420,7 @@ class KafkaSource:
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         now = self._clock()
         # A fresh dict, because another thread may be reading the old one.
-        self._leases = {**self._leases, **{p.partition: Lease(p.partition, now) for p in partitions}}
+        self._leases = {**self._leases, **{p.partition: Lease(p.partition, self._partitions, now) for p in partitions}}
         self._paused = False  # an assignment un-pauses
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -584,7 +585,7 @@ class KafkaSource:
 
 
 class KafkaClient:
-    """One producer, shared by the sinks of one cluster; numbered by `generation`, because a fatal error ends it."""
+    """One producer, shared by the sinks of one cluster; after a fatal error the next one takes over."""
 
     def __init__(self, config: Config) -> None:
         self.config = producer_config(config)
@@ -698,19 +699,21 @@ class KafkaSink:
         write = _Write(client, len(records), done, self._clock())
         client.pending[write] = None
         produce, topic, report = client.producer.produce, self._topic, write.report
-        for position, (message, key, body, headers) in enumerate(
-            zip(records.messages, records.keys, records.bodies, records.headers, strict=True)
-        ):
-            receipt = message.receipt
-            partition = receipt[0].partition if type(receipt) is tuple and type(receipt[0]) is Lease else -1
-            if partition >= self._partitions:
-                partition = -1
+        columns = zip(records.bodies, records.keys, self._places(records.messages), records.headers, strict=False)
+        for position, (body, key, partition, headers) in enumerate(columns):
             try:
                 produce(topic, body, key, partition, partial(report, position), headers=headers)
             except BufferError:
                 write.fail(position, Unavailable("kafka: the producer's queue is full"))
             except KafkaException as error:
                 write.report(position, error.args[0], None)
+
+    def _places(self, messages: Sequence[Message]) -> Iterable[int]:
+        """The partition for each record; -1 lets the key decide. Messages of one write come from one source."""
+        receipt = messages[0].receipt
+        if not (type(receipt) is tuple and type(receipt[0]) is Lease and receipt[0].siblings == self._partitions):
+            return repeat(-1)
+        return [RECEIPT_LEASE(m.receipt).partition for m in messages]
 
     def tick(self) -> None:
         """Serve the client's callbacks."""

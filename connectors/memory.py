@@ -24,7 +24,6 @@ from inferbus.connectors.base import (
     resolve_id,
 )
 
-
 # A receipt of this source is (epoch, place).
 EPOCH: Callable[[Any], int] = itemgetter(0)
 PLACE: Callable[[Any], int] = itemgetter(1)

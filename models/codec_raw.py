@@ -33,17 +33,19 @@ class RawCodec(ChunkDecoder, V2Answers):
         self._row_bytes = self._row_elements * self._spec.dtype.itemsize
 
     def at_once(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterable[Share]:
-        """See `ChunkDecoder.at_once`."""
-        rows = [len(body) // self._row_bytes for body in bodies]
-        if min(rows) < 1 or any(len(body) % self._row_bytes for body in bodies):
+        """See `ChunkDecoder.at_once`: no body has half a row."""
+        if not all(bodies) or any(len(body) % self._row_bytes for body in bodies):
             raise ValueError
         whole = memoryview(bytearray().join(bodies) if len(bodies) > 1 else bodies[0])
-        part = raw_elements(self._spec, whole, sum(rows) * self._row_elements)
-        return [Share((self._spec.row_shape,), rows, [None] * len(rows), [[part]])]
+        return [self._share(whole, [len(body) // self._row_bytes for body in bodies])]
 
     def exact(self, body: bytes, headers: Headers) -> Share:
         """See `ChunkDecoder.exact`."""
         if not body or len(body) % self._row_bytes:
             row = f"a row is {self._row_elements} {self._spec.datatype}"
             raise refuse(f"body has {len(body)} bytes, expected one or more times {self._row_bytes}: {row}")
-        return next(iter(self.at_once([body], [headers])))
+        return self._share(memoryview(body), [len(body) // self._row_bytes])
+
+    def _share(self, raw: memoryview, rows: Sequence[int]) -> Share:
+        part = raw_elements(self._spec, raw, sum(rows) * self._row_elements)
+        return Share((self._spec.row_shape,), rows, [None] * len(rows), [[part]])

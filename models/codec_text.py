@@ -27,12 +27,14 @@ class TextCodec(ChunkDecoder, V2Answers):
 
     def at_once(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterable[Share]:
         """See `ChunkDecoder.at_once`."""
-        strings = tuple(body.decode() for body in bodies)
-        return [Share(self._lane, [1] * len(strings), [None] * len(strings), [[strings]])]
+        return [self._share([body.decode() for body in bodies])]
 
     def exact(self, body: bytes, headers: Headers) -> Share:
         """See `ChunkDecoder.exact`."""
         try:
-            return next(iter(self.at_once([body], [headers])))
+            return self._share([body.decode()])
         except UnicodeDecodeError as error:
             raise refuse(f"body is not UTF-8 at byte {error.start}, expected text") from None
+
+    def _share(self, strings: Sequence[str]) -> Share:
+        return Share(self._lane, [1] * len(strings), [None] * len(strings), [[tuple(strings)]])

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inferbus.models.base import Array, Codec, Decoded, InvalidRequest, ModelInfo, Signature, Tensors, TensorSpec
+from inferbus.models.base import Array, Codec, Decoded, ModelInfo, Signature, Tensors, TensorSpec
 from inferbus.models.codecs import codec
-from inferbus.models.columns import ChunkDecoder, Headers
+from inferbus.models.columns import ChunkDecoder, Headers, Share
 
 INFO = ModelInfo("dig%its", 'v"1', "onnx", "cpu")  # names that a careless template would choke on
 JSON_LENGTH = "inference-header-content-length"
@@ -249,16 +249,32 @@ class CodecContract:
         assert same(found[0], first.inputs)
         assert same(found[len(strange) + 1], last.inputs)
         for i, request in enumerate(strange, 1):
-            alone = decode(the, [request])
-            assert bool(alone.rejects) == (i in rejected)
-            if i in rejected:
-                assert str(alone.rejects[0][1]) == str(rejected[i])
-                with pytest.raises(InvalidRequest):
-                    cast("ChunkDecoder", the).exact(request.body, request.headers)
-            else:
-                assert same(per_request(alone)[0], found[i])
-                share = cast("ChunkDecoder", the).exact(request.body, request.headers)
-                assert (share.lane, list(share.rows)) == (alone.groups[0].lane, list(alone.groups[0].rows))
+            for other in (the, self.exact_only()):
+                alone = decode(other, [request])
+                assert bool(alone.rejects) == (i in rejected)
+                if i in rejected:
+                    assert str(alone.rejects[0][1]) == str(rejected[i])
+                else:
+                    assert same(per_request(alone)[0], found[i])
+                    assert list(alone.groups[0].asks) == [
+                        ask for g in decoded.groups for p, ask in zip(g.positions, g.asks, strict=True) if p == i
+                    ]
+
+    def exact_only(self) -> Codec:
+        """A codec that reads every message the exact way."""
+        the = self.make()
+
+        def at_once(bodies: Sequence[bytes], headers: Sequence[Headers]) -> list[Share]:
+            raise LookupError(f"{len(bodies)} bodies, {len(headers)} headers")
+
+        vars(the)["at_once"] = at_once
+        return the
+
+    def test_the_exact_way_takes_what_is_usual_too(self) -> None:
+        requests = self.usual()
+        assert decode(self.exact_only(), requests).rejects == []
+        found = per_request(decode(self.exact_only(), requests))
+        assert all(same(found[i], request.inputs) for i, request in enumerate(requests))
 
     @pytest.mark.parametrize("count", [1, 5, 70])
     def test_every_answer_carries_its_own_id_and_rows(self, count: int) -> None:

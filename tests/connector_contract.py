@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+
 from inferbus.connectors.base import Bell, Failure, Headers, Message, Records, Sink, Source
 
 PATIENCE = 30.0  # seconds a real server may take
@@ -102,7 +103,8 @@ def records(count: int) -> Records:
         messages,
         [m.key for m in messages],
         [b'{"n": %d}' % i for i in range(count)],
-        [[("inferbus-id", m.id.encode()), ("twice", b"1"), ("twice", b"2"), ("raw", bytes(range(256)))] for m in messages],
+        [[("inferbus-id", m.id.encode()), ("twice", b"1"), ("twice", b"2"), ("raw", bytes(range(256)))]
+         for m in messages],
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
-from inferbus.connectors.base import Bell, Headers, Misconfigured, Source, Unavailable, Unreadable
-from inferbus.connectors.kafka import KafkaClient, KafkaSink, KafkaSource, consumer_config, producer_config
 
+from inferbus.connectors.base import Bell, Failure, Headers, Misconfigured, Source, Unavailable, Unreadable
+from inferbus.connectors.kafka import KafkaClient, KafkaSink, KafkaSource, consumer_config, producer_config
 from tests.connector_contract import (
     PATIENCE,
     ConnectorContract,
@@ -88,6 +88,24 @@ class KafkaContract(ConnectorContract):
         reader.close()
         assert ends == [wanted.count(p) for p in range(4)]
 
+    def test_a_fatal_error_of_the_producer_fails_what_was_pending_and_the_next_one_takes_over(
+        self, place: KafkaPlace
+    ) -> None:
+        sink = place.sink()
+        sink.open(Bell())
+        failures: list[Sequence[Failure]] = []
+        for _ in range(20):
+            sink.write(records(100), failures.append)
+        before = sink._client.producer
+        sink._client.fatal = True  # as a delivery report with a fatal error sets it
+        until(lambda: sink.tick() or len(failures) == 20)  # type: ignore[func-returns-value]  # a step of the loop
+        assert sink._client.producer is not before
+        assert write(sink, records(100)) == []
+        failed = sum(map(len, failures))
+        assert all(isinstance(error, Unavailable) for some in failures for _, error in some)
+        assert len(place.seen()) >= 2100 - failed
+        sink.close(1.0)
+
     def test_an_unreadable_header_id_falls_back_and_never_raises(self, place: KafkaPlace) -> None:
         place.publish(b"x", headers=(("inferbus-id", b"\xff\xfe"),))
         place.publish(b"y", headers=(("inferbus-id", b""),))
@@ -141,7 +159,7 @@ class Pumped:
             bell.wait(0.05)
         self.source.close()
 
-    def __enter__(self) -> Pumped:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.connector_contract import ConnectorContract, Place, Seen, no_drain, receive, records, write
+
 from inferbus.connectors.base import Bell, Headers, Source, TooLarge, Unavailable
 from inferbus.connectors.memory import MemoryBus, MemorySink, MemorySource
+from tests.connector_contract import ConnectorContract, Place, Seen, no_drain, receive, records, write
 
 
 class MemoryPlace(Place):

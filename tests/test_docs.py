@@ -5,7 +5,6 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,17 +39,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def table(model: type[BaseModel]) -> str:
-    """Every setting of `model` that takes a value, its default and what it means."""
-    rows = [f"| `{name}` | {default(field)} | {field.description} |" for name, field in leaves(model)]
+    """Every setting of `model`, its default and what it means."""
+    rows = [f"| `{name}` | {default(field)} | {field.description} |" for name, field in settings(model)]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]) + "\n"
-
-
-def leaves(model: type[BaseModel]) -> Iterator[tuple[str, Any]]:
-    found = list(settings(model))
-    inner = [name for name, _ in found]
-    for name, field in found:
-        if not any(other.startswith(f"{name}.") for other in inner):
-            yield name, field
 
 
 def default(field: Any) -> str:
@@ -75,7 +66,7 @@ def test_the_reference_has_every_setting_as_it_is(name: str) -> None:
 
 def test_the_readmes_table_is_a_part_of_the_reference() -> None:
     shown = re.findall(r"^\| (`[a-z_.]+`) \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    known = {f"`{name}`": default(field) for name, field in leaves(PipelineSettings)}
+    known = {f"`{name}`": default(field) for name, field in settings(PipelineSettings)}
     mine = [(name, value) for name, value in shown if name in known]
     assert len(mine) > 8
     assert mine == [(name, known[name]) for name, _ in mine]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+
 from inferbus.connectors.base import Headers, Unavailable
 from inferbus.connectors.memory import MemoryBus, MemorySink, MemorySource
 from inferbus.models.base import Executor, InvalidModel, ModelInfo, Signature, Tensors, TensorSpec

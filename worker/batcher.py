@@ -194,10 +194,9 @@ class Batcher:
         return self._fill(best[2], best[1])
 
     def _ready(self, lane: _Lane, now: float, *, idle: bool, flush: bool) -> Reason | None:
-        if not idle and lane.urgent:
-            return None  # queued behind a busy device it could expire unseen
         if lane.rows >= self._max_rows or lane.size >= self._max_bytes:
-            return "full"
+            # Queued behind a busy device, a request with a deadline could expire unseen.
+            return "full" if idle or not lane.urgent else None
         if not idle:
             return None
         if flush:
