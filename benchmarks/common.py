@@ -330,7 +330,7 @@ def _cell(value: object) -> str:
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p99 and p99.9 in milliseconds."""
     ordered = sorted(seconds)
-    return {name: round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+    return {name: round(1000 * float(ordered[min(len(ordered) - 1, int(share * len(ordered)))]), 3)
             for name, share in (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999))}  # fmt: skip
 
 

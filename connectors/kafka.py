@@ -604,8 +604,8 @@ class KafkaClient:
     def _start(self) -> None:
         self.fatal = False
         self.producer = producer = new_client(Producer, self.config | self.trouble.callbacks())
-        # poll returns at the first callback it has served, so a parked thread wakes with the first report.
-        self._parking = Parking(lambda: producer.poll(PARK) > 0 and bool(self.finished), self._bell)
+        # The pipeline rests, so nothing will join what is queued: flush, which ignores linger, instead of a poll.
+        self._parking = Parking(lambda: producer.flush(PARK) == 0, self._bell)
 
     def tick(self) -> None:
         """Serve delivery reports, then tell whoever wrote."""
@@ -622,8 +622,14 @@ class KafkaClient:
             self.producer.flush(1.0)
             self._start()
 
+    def finish(self, write: _Write) -> None:
+        """All reports of a write are in; on whichever thread serves them."""
+        self.finished.append(write)
+        if self._parking.parked:
+            self._bell.ring()
+
     def rest(self) -> None:
-        """Park a thread in the producer's poll while reports are awaited."""
+        """Park a thread in the producer's flush while reports are awaited."""
         if self.pending:
             self._parking.park()
 
@@ -659,13 +665,13 @@ class _Write:
             return
         self.left -= 1
         if not self.left:
-            self.client.finished.append(self)
+            self.client.finish(self)
 
     def fail(self, position: int, error: ConnectorError) -> None:
         self.failures.append((position, error))
         self.left -= 1
         if not self.left:
-            self.client.finished.append(self)
+            self.client.finish(self)
 
 
 class KafkaSink:
@@ -771,7 +777,7 @@ def producer_config(config: Config) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "acks": "all",
         "enable.idempotence": True,
-        "linger.ms": 0,  # a burst still shares requests: what is produced while five are under way waits together
+        "linger.ms": 5,  # of a stream; once the pipeline has nothing else to do, it flushes
         "message.timeout.ms": 0,  # the client retries in order and without doubles; giving up would cost both
         "partitioner": "murmur2_random",  # where a Java producer would put the key
         "client.id": "inferbus",

@@ -135,9 +135,7 @@ class V2Codec(ChunkDecoder, V2Answers):
         requests = list(map(self._parse_and_pack, bodies))
         asks = self._asks(requests)
         columns = self._columns(requests)
-        shapes: list[_Shapes] = list(zip(*map(_shapes, columns), strict=True))
-        known = {shape: self._layout(shape) for shape in set(shapes)}
-        layouts = [known[shape] for shape in shapes]
+        layouts = self._layouts(columns)
         parts = [[tensor["data"] for tensor in column] for column in columns]
         for j, packed in enumerate(parts):
             if list(map(len, packed)) != [layout.lengths[j] for layout in layouts]:
@@ -145,7 +143,7 @@ class V2Codec(ChunkDecoder, V2Answers):
         for i in spell_booleans(bodies):
             self._look_for_booleans(bodies[i])
         rows = [layout.rows for layout in layouts]
-        if len({layout.lane for layout in known.values()}) == 1:
+        if layouts.count(layouts[0]) == len(layouts) or len({layout.lane for layout in layouts}) == 1:
             return [Share(layouts[0].lane, rows, asks, parts)]
         return [
             Share(layout.lane, [layout.rows], [ask], [[part] for part in own])
@@ -191,6 +189,15 @@ class V2Codec(ChunkDecoder, V2Answers):
             if names.count(spec.name) != len(column) or datatypes.count(spec.datatype) != len(column):
                 raise LookupError
         return columns
+
+    def _layouts(self, columns: Sequence[Sequence[Any]]) -> list[_Layout]:
+        """The layout of every request of the run."""
+        shapes = [[tensor["shape"] for tensor in column] for column in columns]
+        if not {int}.issuperset(map(type, chain.from_iterable(chain.from_iterable(shapes)))):
+            raise LookupError
+        if all(column.count(column[0]) == len(column) for column in shapes):
+            return [self._layout(tuple(tuple(column[0]) for column in shapes))] * len(shapes[0])
+        return [self._layout(shape) for shape in zip(*(map(tuple, column) for column in shapes), strict=True)]
 
     def exact(self, body: bytes, headers: Headers) -> Share:
         """See `ChunkDecoder.exact`."""
@@ -330,13 +337,6 @@ def _split(body: bytes, headers: Headers) -> tuple[bytes | memoryview, _Tail]:
         raise refuse(f"header {JSON_LENGTH} is wrong, expected the length of the JSON, an integer up to {len(body)}")
     view = memoryview(body)
     return view[: int(text)], _Tail(view[int(text) :])
-
-
-def _shapes(column: Sequence[Any]) -> list[tuple[int, ...]]:
-    shapes = [tensor["shape"] for tensor in column]
-    if not {int}.issuperset(map(type, chain.from_iterable(shapes))):
-        raise LookupError
-    return list(map(tuple, shapes))
 
 
 def _dims(i: int, tensor: dict[str, Any]) -> tuple[int, ...]:

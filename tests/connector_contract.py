@@ -169,7 +169,7 @@ class ConnectorContract:
             assert source.receive(10) == []
             for i in range(5):
                 place.publish(b"%d" % i)
-            chunks = []
+            chunks: list[list[Message]] = []
             until = time.monotonic() + PATIENCE
             while sum(map(len, chunks)) < 5 and time.monotonic() < until:
                 chunks.append(source.receive(2))

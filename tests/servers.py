@@ -9,6 +9,8 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from confluent_kafka.admin import AdminClient
@@ -43,9 +45,13 @@ class Kafka:
 
 
 class KafkaServer(Kafka):
-    """An Apache Kafka of one's own, which keeps its port and its messages through `kill` and `restart`."""
+    """An Apache Kafka of one's own, which keeps its port and its messages through `kill` and `restart`.
 
-    def __init__(self) -> None:
+    `properties` override those of `deploy/local/servers.py`, in the same spelling.
+    """
+
+    def __init__(self, **properties: str) -> None:
+        self._server = replace(_KAFKA, command=partial(servers.kafka_command, **properties))
         self._ports = servers.free_ports(_KAFKA.port_count)
         self._folder = servers.new_folder("kafka")
         self._running: servers.Running | None = None
@@ -54,8 +60,8 @@ class KafkaServer(Kafka):
     def start(self) -> None:
         """Return once it answers. Raises NotInstalledError, StartError."""
         # Packages of the operating system are installed unasked only where a machine is thrown away after.
-        program = _KAFKA.install("CI" in os.environ)
-        self._running = servers.launch(_KAFKA, program, ports=self._ports, folder=self._folder)
+        program = self._server.install("CI" in os.environ)
+        self._running = servers.launch(self._server, program, ports=self._ports, folder=self._folder)
         servers.await_ready(self._running)
 
     def kill(self) -> None:
@@ -75,9 +81,9 @@ class KafkaServer(Kafka):
 
 
 @contextlib.contextmanager
-def started_kafka() -> Iterator[KafkaServer]:
+def started_kafka(**properties: str) -> Iterator[KafkaServer]:
     """A server that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
-    server = KafkaServer()
+    server = KafkaServer(**properties)
     try:
         server.start()
         yield server

@@ -40,7 +40,8 @@ def limits(settings: PipelineSettings, found: Artefact) -> Limits:
             batch = type(batch).model_validate({**own, **batch.model_dump(mode="json", exclude_unset=True)})
         except ValidationError as error:
             first = error.errors()[0]
-            raise InvalidModel(f"model.yaml: batch.{first['loc'][0]}: {first['msg'].removeprefix('Value error, ')}") from None
+            words = first["msg"].removeprefix("Value error, ")
+            raise InvalidModel(f"model.yaml: batch.{first['loc'][0]}: {words}") from None
     return Limits(
         max_rows=batch.max_rows,
         max_delay=batch.max_delay,

@@ -103,10 +103,12 @@ class Server:
     port_count: int = 1
 
 
-def _kafka_command(jars: Path, folder: Path, ports: list[int]) -> list[str]:
+def kafka_command(jars: Path, folder: Path, ports: list[int], **extra: str) -> list[str]:
+    """`Server.command` of Kafka; `extra` overrides our properties and may name the ports {broker} and {controller}."""
     java = ["java", "-Xmx512m", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{jars}/*"]
     settings = folder / "server.properties"
-    settings.write_text(_KAFKA_SETTINGS.format(broker=ports[0], controller=ports[1], folder=folder))
+    lines = [_KAFKA_SETTINGS, *(f"{name}={value}\n" for name, value in extra.items())]  # of two, the last one counts
+    settings.write_text("".join(lines).format(broker=ports[0], controller=ports[1], folder=folder))
     if not (folder / "log/meta.properties").exists():
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         # = : an id that starts with a dash would be read as an option
@@ -204,7 +206,7 @@ SERVERS = {
         Server(
             name="kafka",
             install=lambda system: _maven("kafka", system),
-            command=_kafka_command,
+            command=kafka_command,
             ready=_kafka_ready,
             address="127.0.0.1:{port}",
             port_count=2,
