@@ -3,8 +3,8 @@
     python -m benchmarks.latency [--seconds S] [--runs N]
 
 First 500 requests a second against Inferbus and the bare one-message loop (bare_one.py) in alternating turns. Then
-Inferbus alone at 20 % and 70 % of what it can serve beside the same generator and reader, each on the same machine:
-for the tiny model, and for one that takes time.
+Inferbus alone at 20 % and 70 % of what it can serve beside the same generator and reader, which take their part of the
+machine.
 """
 
 from __future__ import annotations

@@ -145,6 +145,8 @@ class MemorySource:
 
     def exhausted(self) -> bool:
         """Nothing waits and nothing is out."""
+        if self.away is not None:
+            raise Unavailable(self.away)
         return not len(self.bus) and not self.bus.open_deliveries
 
     def void(self, message: Message) -> bool:

@@ -39,7 +39,8 @@ Pack = Callable[..., Part]
 
 JSON_ANSWER: Headers = (("content-type", b"application/json"),)
 
-_RUN = 64  # messages read at once: what they parse to stays in a core's cache
+_RUN = 128  # messages read at once: more of them save nothing
+_FEW = 8  # after an odd message
 _RUN_BYTES = 4 << 20  # a heavier run is read one by one, so that only one message's Python objects are alive
 _MOST_COUNTS = 4096  # packers kept per datatype; dropped together beyond, so that no sender can grow the worker
 _LONGEST_TEXT = 300
@@ -286,37 +287,47 @@ class ChunkDecoder(ABC):
         stacks: dict[Lane, _Stack] = {}
         rejects: list[tuple[int, InvalidRequest]] = []
         position = 0
-        for start in range(0, len(bodies), _RUN):
-            for share in self._read(bodies[start : start + _RUN], headers[start : start + _RUN]):
-                if isinstance(share, InvalidRequest):
-                    rejects.append((position, share))
-                    position += 1
-                    continue
-                stack = stacks.get(share.lane)
-                if stack is None:
-                    stack = stacks[share.lane] = _Stack([[] for _ in self.inputs])
-                stack.positions.extend(range(position, position + len(share.rows)))
-                stack.rows.extend(share.rows)
-                stack.asks.extend(share.asks)
-                for parts, more in zip(stack.parts, share.parts, strict=True):
-                    parts.extend(more)
-                position += len(share.rows)
+        for share in self._shares(bodies, headers):
+            if isinstance(share, InvalidRequest):
+                rejects.append((position, share))
+                position += 1
+                continue
+            stack = stacks.get(share.lane)
+            if stack is None:
+                stack = stacks[share.lane] = _Stack([[] for _ in self.inputs])
+            stack.positions.extend(range(position, position + len(share.rows)))
+            stack.rows.extend(share.rows)
+            stack.asks.extend(share.asks)
+            for parts, more in zip(stack.parts, share.parts, strict=True):
+                parts.extend(more)
+            position += len(share.rows)
         return Decoded([self._group(lane, stack) for lane, stack in stacks.items()], rejects)
 
-    def _read(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterable[Share | InvalidRequest]:
-        if sum(map(len, bodies)) <= _RUN_BYTES:
+    def _shares(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterator[Share | InvalidRequest]:
+        """What every message comes to, in order."""
+        start, size = 0, _RUN
+        while start < len(bodies):
+            run = bodies[start : start + size], headers[start : start + size]
             try:
-                return self.at_once(bodies, headers)
+                if sum(map(len, run[0])) > _RUN_BYTES:
+                    raise ValueError
+                shares = list(self.at_once(*run))
             except UNUSUAL:
-                pass
-        return self._read_each(bodies, headers)
+                # One odd message slows down the few around it only; then runs grow again.
+                if size > _FEW:
+                    size = _FEW
+                    continue
+                yield from map(self._exact_or_reason, *run)
+            else:
+                yield from shares
+                size = min(2 * size, _RUN)
+            start += len(run[0])
 
-    def _read_each(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterator[Share | InvalidRequest]:
-        for body, head in zip(bodies, headers, strict=True):
-            try:
-                yield self.exact(body, head)
-            except InvalidRequest as reason:
-                yield reason
+    def _exact_or_reason(self, body: bytes, headers: Headers) -> Share | InvalidRequest:
+        try:
+            return self.exact(body, headers)
+        except InvalidRequest as reason:
+            return reason
 
     def _group(self, lane: Lane, stack: _Stack) -> Group:
         total = sum(stack.rows)

@@ -185,7 +185,7 @@ class Pipeline:
         self._open(self._source, lambda: self._source.open(self.bell, self._pump), until)
         for sink in self._sinks:
             self._open(sink, lambda sink=sink: sink.open(self.bell), until)  # type: ignore[misc]  # mypy loses the default
-        while not all(device.warm for device in self._devices):
+        while not all(device.warm for device in self._devices) and not self.draining:
             for device in self._devices:
                 if device.failure is not None:
                     raise device.failure

@@ -147,6 +147,9 @@ def serve(settings: PipelineSettings, pipeline: Pipeline, watch: Watch, metrics:
         )
         pipeline.run(watch.keep_going)
         drain(settings.drain, pipeline, watch)
+    except Unavailable:
+        if not pipeline.draining:
+            raise  # else told to stop while it waited for the outside: nothing was received, nothing is owed
     finally:
         pipeline.close(0.0 if watch.released else 1.0)
     totals = metrics.totals()
