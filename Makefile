@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 PACKAGES := connectors models worker
 # The peers of the benchmarks import libraries that only their own environments have.
 CHECKED := --exclude '^benchmarks/peers/' $(PACKAGES:%=-p inferbus.%) -p tests -p examples -p deploy -p benchmarks
+BENCHMARKS := bus_bound binary model_bound latency memory startup codec_cost
 
 .PHONY: demo test lint soak bench servers servers-stop clean
 
@@ -32,8 +33,7 @@ soak: $(VENV)/installed
 	INFERBUS_SOAK=1 $(BIN)/python -m pytest -m "broker or soak" $(ARGS)
 
 bench: $(VENV)/installed
-	@for file in $(filter-out benchmarks/bare.py,$(shell grep -l __main__ benchmarks/*.py)); do \
-		echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py) $(ARGS) || exit 1; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS) || exit 1; done
 
 servers: $(VENV)/installed
 	@$(BIN)/python deploy/local/servers.py start $(ARGS)

@@ -32,6 +32,9 @@ from confluent_kafka.cimpl import NewTopic
 
 from deploy.local import servers
 
+# Programs start from compiled files, as installed ones do, also where the environment forbids to keep those.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 HERE = Path(__file__).resolve().parent
 PARTITIONS = 4
 PATIENCE = 600.0  # seconds after which a worker that has not finished is given up
@@ -218,6 +221,23 @@ class Child:
                 self._popen.wait(grace)
                 break
         self._log.close()
+
+
+def await_quiet(patience: float = 60.0) -> None:
+    """Return once the machine has been idle for half a second, or when patience is over: neighbours spoil a turn."""
+    until = time.monotonic() + patience
+    idle, total = _idle_and_total()
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        before = (idle, total)
+        idle, total = _idle_and_total()
+        if idle - before[0] > 0.8 * (total - before[1]):
+            return
+
+
+def _idle_and_total() -> tuple[int, int]:
+    ticks = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def own(program: str) -> Path:

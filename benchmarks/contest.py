@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, Figure, median, own, table
+
+from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, Figure, await_quiet, median, own, table
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Contest:
             RuntimeError: It ended early, answered too much, or refused a request.
         """
         wanted = messages or self.messages
+        await_quiet()
         sink, errors = self.bus.topic(), self.bus.topic()
         job = Job(self.bus.brokers, self.source, sink, errors, f"bench-{uuid.uuid4().hex[:8]}", self.model,
                   wanted, self.rows, self.binary, self.max_message, self.folder)  # fmt: skip

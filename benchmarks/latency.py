@@ -22,7 +22,20 @@ from typing import Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.common import HERE, Bus, Child, Figure, arguments, kafka, median, percentiles, save, servers, table
+from benchmarks.common import (
+    HERE,
+    Bus,
+    Child,
+    Figure,
+    arguments,
+    await_quiet,
+    kafka,
+    median,
+    percentiles,
+    save,
+    servers,
+    table,
+)
 from benchmarks.contest import Job, inferbus
 from benchmarks.material import json_requests, tiny_model
 
@@ -53,6 +66,7 @@ class Lane:
 
     def turn(self, command: Sequence[str | Path], rate: float, seconds: float) -> dict[str, Any]:
         """Offer so many requests a second; latencies in milliseconds, and what the worker says of its batches."""
+        await_quiet()
         with Child(command) as worker:
             self.bus.fill(self.source, 1, json_requests())
             self._await(lambda: self.bus.count(self.sink), worker, 60.0)

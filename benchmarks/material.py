@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import orjson
-from benchmarks.common import Request
 from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.common import Request
 
 DIFFERENT = 1000  # bodies that follow each other before the first comes again
 

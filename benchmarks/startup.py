@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import HERE, Child, Figure, arguments, kafka, median, own, save, servers, table
+from benchmarks.common import HERE, Child, Figure, arguments, await_quiet, kafka, median, own, save, servers, table
 from benchmarks.contest import Job, inferbus
 from benchmarks.material import tiny_model
 from benchmarks.memory import await_ready
@@ -33,6 +33,7 @@ def main() -> None:
         source, sink, errors = bus.topic(), bus.topic(), bus.topic()
         bare = [sys.executable, HERE / "bare_start.py", model, bus.brokers, source]
         for i in range(-1, args.runs):  # the first turn fills the caches of the disk and does not count
+            await_quiet()
             port = servers.free_ports(1)[0]
             job = Job(bus.brokers, source, sink, errors, f"bench-{i + 1}", model, 0, 256, False, 2**20, folder)
             taken = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -63,6 +64,8 @@ RECEIPT_OFFSET: Callable[[Any], int] = itemgetter(1)
 
 Config = Mapping[str, Any]
 log = logging.getLogger("inferbus.kafka")
+# The client logs each failed connection, several a second; its error callback says the same, and `say` keeps it few.
+log.addFilter(lambda record: not record.getMessage().startswith("FAIL "))
 
 
 class Trouble:
@@ -70,6 +73,7 @@ class Trouble:
 
     def __init__(self, statistics: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self.last: str | None = None
+        self.shut_out: str | None = None
         self._statistics_of_topics = statistics
         self._down: str | None = None
         self._refused: str | None = None
@@ -86,12 +90,16 @@ class Trouble:
 
     def note(self, error: KafkaError) -> None:
         """An event of the client's."""
-        self.last = error.str()
-        if error.code() == KafkaError._ALL_BROKERS_DOWN:
-            self._down = "kafka: no broker is reachable"
-        elif error.code() in REFUSED:
-            self._refused = f"kafka: {error.str()}"
-        self.say(error.name(), error.str())
+        code, text = error.code(), NOISE.sub("", error.str())
+        if code == KafkaError._ALL_BROKERS_DOWN:
+            self._down = f"kafka: {self.shut_out or 'no broker is reachable'}"
+        else:
+            self.last = text  # that all are down tells less than why the last one is
+        if code in SHUT_OUT:
+            self.shut_out = f"{text}; check {SHUT_OUT[code]}"
+        elif code in REFUSED:
+            self._refused = f"kafka: {text}"
+        self.say(error.name(), text)
 
     def say(self, kind: str, text: str) -> None:
         """Log, at most once in half a minute for each kind."""
@@ -103,7 +111,7 @@ class Trouble:
     def _statistics(self, text: str) -> None:
         told = orjson.loads(text)
         if any(broker["state"] == "UP" for broker in told["brokers"].values()):
-            self._down = None
+            self._down = self.shut_out = None
         self._statistics_of_topics(told["topics"])
 
     def clear_refusal(self) -> None:
@@ -199,7 +207,7 @@ class KafkaSource:
         consumer = new_client(Consumer, self._config | callbacks)
         try:
             self._partitions = reach_topic(consumer, self._topic, self._trouble)
-            may_join(consumer, self._topic, self._config["group.id"])
+            may(AclOperation.READ, self._config, consumer, self._topic, self._config["group.id"])
         except ConnectorError:
             consumer.close()
             raise
@@ -697,7 +705,7 @@ class KafkaSink:
             self._client.open(bell)
             self._opened = True
         self._partitions = reach_topic(self._client.producer, self._topic, self._client.trouble)
-        may_write(self._client.config, self._client.producer, self._topic)
+        may(AclOperation.WRITE, self._client.config, self._client.producer, self._topic)
 
     def write(self, records: Records, done: Done) -> None:
         """Hand all records to the client at once; `done` comes with the last delivery report."""
@@ -803,51 +811,45 @@ def reach_topic(client: Any, topic: str, trouble: Trouble) -> int:
     """
     try:
         listed = client.list_topics(topic, timeout=REACH).topics[topic]
-    except KafkaException as error:
+    except KafkaException:
         client.poll(0)  # serves the error callback, which knows more than the call
-        why = trouble.last or error.args[0].str()
-        raise Unavailable(f"kafka: no broker answered within {REACH:.0f} s ({why})") from None
+        silence = f"no broker answered within {REACH:.0f} s ({trouble.last or 'check brokers and security.protocol'})"
+        raise Unavailable(f"kafka: {trouble.shut_out or silence}") from None
     if listed.error is None:
         return len(listed.partitions)
     if listed.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
         raise Unavailable(f'kafka: topic "{topic}" does not exist; create it, or correct the name')
+    if listed.error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+        rights = "READ on it for a source, WRITE for a sink"
+        raise Unavailable(f'kafka: topic "{topic}" may not be used with these credentials; grant them {rights}')
     raise Unavailable(f'kafka: topic "{topic}": {listed.error.str()}')
 
 
-def may_join(consumer: Consumer, topic: str, group: str) -> None:
-    """A group that is forbidden says so now, not as an event some time after the start.
+def may(operation: AclOperation, config: Config, client: Any, topic: str, group: str | None = None) -> None:
+    """What may be seen, and not read or written, says so now, not with the first message.
 
     Raises:
-        Unavailable: It is.
+        Unavailable: The broker lists our rights on the topic, or on the group, and `operation` is not among them.
     """
-    try:
-        consumer.committed([TopicPartition(topic, 0)], REACH)
-    except KafkaException as error:
-        if error.args[0].code() in REFUSED:
-            raise Unavailable(f'kafka: group "{group}": {error.args[0].str()}') from None
-
-
-def may_write(config: Config, producer: Producer, topic: str) -> None:
-    """A topic that may be described and not written says so now, not with the first prediction.
-
-    Raises:
-        Unavailable: The broker lists our rights on the topic, and writing is not among them.
-    """
-    if producer.list_topics(topic, timeout=REACH).controller_id < 0:
-        return  # a broker without a controller, such as the embedded one, does not answer this question
-    admin = AdminClient({k: v for k, v in config.items() if k not in PRODUCER_ONLY} | {"logger": log})
-    asked = admin.describe_topics(
-        TopicCollection([topic]), include_authorized_operations=True, request_timeout=REACH
-    )[topic]
-    try:
-        allowed = asked.result().authorized_operations
-    except KafkaException:
-        return  # an old broker; the first write will tell
-    if allowed and AclOperation.WRITE not in allowed:
-        raise Unavailable(f'kafka: topic "{topic}" may not be written with these credentials')
-
-
-PRODUCER_ONLY = ("acks", "enable.idempotence", "linger.ms", "message.timeout.ms", "partitioner")
+    listed = client.list_topics(topic, timeout=REACH)
+    if listed.controller_id not in listed.brokers:
+        return  # a cluster without a controller, such as the embedded broker, does not answer this question
+    admin = AdminClient({k: v for k, v in config.items() if k != "enable.idempotence"} | {"log_level": 0})
+    ask = {"include_authorized_operations": True, "request_timeout": REACH}
+    asked = {f'topic "{topic}"': admin.describe_topics(TopicCollection([topic]), **ask)[topic]}
+    if group is not None:
+        asked[f'group "{group}"'] = admin.describe_consumer_groups([group], **ask)[group]
+    for name, answer in asked.items():
+        try:
+            rights = answer.result().authorized_operations
+            granted = not rights or operation in rights
+        except KafkaException as error:  # an old broker, or no coordinator yet: the first message will tell
+            granted = error.args[0].code() not in REFUSED
+        if not granted:
+            done = "read" if operation is AclOperation.READ else "written"
+            raise Unavailable(
+                f"kafka: {name} may not be {done} with these credentials; grant them {operation.name} on it"
+            )
 
 
 @contextlib.contextmanager
@@ -868,10 +870,17 @@ REFUSED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError._AUTHENTICATION,
     KafkaError.UNKNOWN_TOPIC_OR_PART,
 }
+# What is wrong when a broker is there and no connection comes about: the settings to look at.
+SHUT_OUT = {
+    KafkaError._AUTHENTICATION: "sasl.mechanism, sasl.username and sasl.password",
+    KafkaError._SSL: "ssl.ca.location, and that the broker's certificate names this host",
+}
+# What the client wraps around the reason: protocol, broker number, OpenSSL's codes, advice of its own, timing.
+NOISE = re.compile(
+    r"^\w+://|/(?:bootstrap|\d+)(?=: )|error:\w+:[^:]*:[^:]*:|: broker certificate could.*| \(after \d+ms in state.*"
+)
 
 
 def write_error(error: KafkaError) -> ConnectorError:

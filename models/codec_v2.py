@@ -45,7 +45,7 @@ from inferbus.models.columns import (
 )
 
 JSON_LENGTH = "inference-header-content-length"
-_MOST_SHAPES = 4096  # remembered per input; forgotten together beyond, so that nobody can grow a worker with shapes
+_LARGE = 32 << 10  # bytes above which a raw tensor is better looked at where it lies than cut out and copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,10 @@ class V2Codec(ChunkDecoder, V2Answers):
 
     def at_once(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterable[Share]:
         """See `ChunkDecoder.at_once`. After parsing, nearly every line is one pass over the run."""
-        if any(name.lower() == JSON_LENGTH for name in {name for head in headers for name, _ in head}):
+        raw = any(name.lower() == JSON_LENGTH for name in {name for head in headers for name, _ in head})
+        if raw and max(map(len, bodies)) > _LARGE:
             raise LookupError
-        requests = list(map(self._parse_and_pack, bodies))
+        requests = list(map(self._parse_and_cut, bodies, headers) if raw else map(self._parse_and_pack, bodies))
         asks = self._asks(requests)
         columns = self._columns(requests)
         layouts = self._layouts(columns)
@@ -140,8 +141,10 @@ class V2Codec(ChunkDecoder, V2Answers):
         for j, packed in enumerate(parts):
             if list(map(len, packed)) != [layout.lengths[j] for layout in layouts]:
                 raise LookupError
-        for i in spell_booleans(bodies):
-            self._look_for_booleans(bodies[i])
+        if raw:
+            self._check_raw(parts)
+        else:
+            self._look_for_booleans(bodies)
         rows = [layout.rows for layout in layouts]
         if layouts.count(layouts[0]) == len(layouts) or len({layout.lane for layout in layouts}) == 1:
             return [Share(layouts[0].lane, rows, asks, parts)]
@@ -155,21 +158,42 @@ class V2Codec(ChunkDecoder, V2Answers):
         request = orjson.loads(body)
         for tensor in request["inputs"]:
             values = tensor["data"]
-            if type(values) is not list:
+            if type(values) is not list or (len(tensor) > 4 and _binary_size(tensor) is not None):
                 raise LookupError
             if type(values[0]) is list:
                 values = unnest(values, tensor["shape"], "data")
             tensor["data"] = self._packers[tensor["name"]][len(values)](*values)
         return request
 
-    def _look_for_booleans(self, body: bytes) -> None:
-        """Packing takes true and false for numbers."""
-        for tensor in orjson.loads(body)["inputs"]:
-            values = tensor["data"]
-            while type(values[0]) is list:
-                values = list(chain.from_iterable(values))
-            if bool in set(map(type, values)) and tensor["datatype"] != "BOOL":
+    def _look_for_booleans(self, bodies: Sequence[bytes]) -> None:
+        """Packing takes true and false for numbers, so see what the bodies that spell them do with them."""
+        for i in spell_booleans(bodies):
+            for tensor in orjson.loads(bodies[i])["inputs"]:
+                values = tensor["data"]
+                while type(values[0]) is list:
+                    values = list(chain.from_iterable(values))
+                if tensor["datatype"] != "BOOL" and bool in set(map(type, values)):
+                    raise LookupError
+
+    def _parse_and_cut(self, body: bytes, headers: Headers) -> Any:
+        """One request all of whose inputs lie raw behind the JSON, with their bytes in the place of `data`."""
+        end = _json_length(body, headers)
+        request = orjson.loads(body[:end])
+        for tensor in request["inputs"]:
+            size = _binary_size(tensor)
+            if size is None or "data" in tensor or self._packers[tensor["name"]].datatype == "BYTES":
                 raise LookupError
+            start, end = end, end + size
+            tensor["data"] = body[start:end]
+        if end != len(body):
+            raise LookupError
+        return request
+
+    def _check_raw(self, parts: Sequence[Sequence[bytes]]) -> None:
+        """Look at the raw elements of the whole run, each of which has the right length."""
+        for spec, cut in zip(self.inputs, parts, strict=True):
+            run = memoryview(b"".join(cut))
+            raw_elements(spec, run, len(run) // spec.dtype.itemsize)
 
     def _columns(self, requests: Sequence[Any]) -> list[list[Any]]:
         """Per input of the signature its tensors, one of each request."""
@@ -178,8 +202,6 @@ class V2Codec(ChunkDecoder, V2Answers):
         if set(map(len, lists)) != {width}:
             raise LookupError
         flat = list(chain.from_iterable(lists))
-        if set(map(len, flat)) != {4} and any(_binary_size(tensor) is not None for tensor in flat):
-            raise LookupError
         # Requests of one client list their inputs alike, if not in the order of the signature.
         places = {tensor["name"]: place for place, tensor in enumerate(lists[0])}
         columns = [flat[places[spec.name] :: width] for spec in self.inputs]
@@ -329,14 +351,19 @@ class _Tail:
 
 
 def _split(body: bytes, headers: Headers) -> tuple[bytes | memoryview, _Tail]:
-    lengths = {value for name, value in headers if name.lower() == JSON_LENGTH}
-    if not lengths:
+    if all(name.lower() != JSON_LENGTH for name, _ in headers):
         return body, _Tail(None)
+    view, length = memoryview(body), _json_length(body, headers)
+    return view[:length], _Tail(view[length:])
+
+
+def _json_length(body: bytes, headers: Headers) -> int:
+    """Where the JSON ends and raw tensors begin."""
+    lengths = {value for name, value in headers if name.lower() == JSON_LENGTH}
     text = lengths.pop()
     if lengths or not text.isdigit() or len(text) > 20 or int(text) > len(body):
         raise refuse(f"header {JSON_LENGTH} is wrong, expected the length of the JSON, an integer up to {len(body)}")
-    view = memoryview(body)
-    return view[: int(text)], _Tail(view[int(text) :])
+    return int(text)
 
 
 def _dims(i: int, tensor: dict[str, Any]) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ class KafkaServer(Kafka):
     """
 
     def __init__(self, **properties: str) -> None:
-        self._server = replace(_KAFKA, command=partial(servers.kafka_command, **properties))
+        self._server = replace(_KAFKA, command=partial(servers.kafka_command, extra=properties))
         self._ports = servers.free_ports(_KAFKA.port_count)
         self._folder = servers.new_folder("kafka")
         self._running: servers.Running | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from inferbus.models.base import InvalidModel
 from inferbus.worker import build
 from inferbus.worker.pipeline_file import load
-
 from tests.tiny_models import python_model
 
 PIPELINE = """

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from inferbus.models.base import DATATYPES, Array, Codec, InvalidModel, Signature, Tensors, TensorSpec, WrongAnswer
+from inferbus.models.codec_v2 import V2Codec
 from inferbus.models.codecs import check_outputs, codec, finite_rows
 from inferbus.models.columns import Headers
 from tests.codec_contract import (
@@ -183,7 +184,7 @@ class TestRawTensors(CodecContract):
         return Request(b"".join([head, *raws]), inputs, (("other", b""), (name, b"%d" % len(head))))
 
     def usual(self) -> list[Request]:
-        # Raw tensors are read one by one: there is nothing to parse in them.
+        # Requests with both kinds of tensors are read one by one.
         return TestEveryDatatype().goods(64)
 
     def bad(self) -> Sequence[tuple[str, bytes, Headers]]:
@@ -197,6 +198,56 @@ class TestRawTensors(CodecContract):
             ("header one more", good.body, ((JSON_LENGTH, b"%d" % (int(length) + 1)),)),
         ]
         return [*bad, *((name, body, headers) for name, body, headers in malformed() if name.startswith("raw"))]
+
+
+class TestOnlyRawTensorsInLanes(CodecContract):
+    format = "v2"
+    signature = Signature(
+        (TensorSpec("ids", "INT64", (-1, -1)), TensorSpec("on", "BOOL", (-1,)), TensorSpec("half", "FP16", (-1, 2))),
+        (TensorSpec("y", "FP16", (-1, 2)), TensorSpec("on", "BOOL", (-1,))),
+    )
+
+    def good(self, serial: int) -> Request:
+        rng = np.random.default_rng(serial)
+        rows = 1 + serial % 3
+        inputs = outputs_for(self.signature.inputs, rows, rng)
+        inputs["ids"] = inputs["ids"][:, : 1 + serial % 2].copy()
+        return self.raw(inputs)
+
+    def raw(self, inputs: Tensors, *tail: bytes, **changes: Any) -> Request:
+        specs = self.signature.inputs[::-1]
+        tensors = [
+            {
+                "name": spec.name,
+                "datatype": spec.datatype,
+                "shape": list(inputs[spec.name].shape),
+                "parameters": {"binary_data_size": inputs[spec.name].nbytes},
+            }
+            for spec in specs
+        ]
+        tensors[1].update(changes)
+        head = orjson.dumps({"id": "true", "inputs": tensors})
+        body = b"".join([head, *(inputs[spec.name].tobytes() for spec in specs), *tail])
+        return Request(body, inputs, ((JSON_LENGTH, b"%d" % len(head)),))
+
+    def bad(self) -> Sequence[tuple[str, bytes, Headers]]:
+        good = self.good(1)  # two rows
+        nan = good.inputs | {"half": np.full((2, 2), np.nan, np.float16)}
+        two = good.inputs | {"on": np.array([1, 2], np.uint8)}
+        changed = {
+            "NaN": self.raw(nan),
+            "a boolean of two": self.raw(two),
+            "a byte more": self.raw(good.inputs, b"\0"),
+            "rows differ": self.raw(good.inputs | {"on": np.array([True])}),
+            "no rows": self.raw({name: array[:0] for name, array in good.inputs.items()}),
+            "a size too small": self.raw(good.inputs, parameters={"binary_data_size": 1}),
+            "a size of true": self.raw(good.inputs, parameters={"binary_data_size": True}),
+            "a negative size": self.raw(good.inputs, parameters={"binary_data_size": -2}),
+            "a size too large": self.raw(good.inputs, parameters={"binary_data_size": 2**40}),
+            "no size": self.raw(good.inputs, parameters={}),
+            "another datatype of that size": self.raw(good.inputs, datatype="UINT8"),
+        }
+        return [(name, request.body, request.headers) for name, request in changed.items()]
 
 
 def in_raw(array: Array) -> bytes:
@@ -368,19 +419,37 @@ def one_input_signature(datatype: str, shape: tuple[int, ...]) -> Signature:
 # Raw tensors
 
 
-def test_a_single_aligned_raw_tensor_is_a_view_of_its_message() -> None:
-    x = np.arange(64, dtype=np.float32)
-    head = orjson.dumps(v2_request(parameters={"binary_data_size": 256})).replace(
-        b',"data":[' + b",".join([b"0.5"] * 64) + b"]", b""
-    )
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_large_raw_tensor_is_copied_only_where_it_must_be(count: int) -> None:
+    x = np.random.default_rng(0).random((256, 64), np.float32)
+    body, ((name, length),) = raw_request(x.tobytes(), x.nbytes, shape=[256, 64])
+    head = body[: int(length)]
     head += b" " * (-len(head) % 16)
     body = head + x.tobytes()
-    column = the_input(v2(ONE), body, ((JSON_LENGTH, b"%d" % len(head)),))
-    assert np.array_equal(column, x[None])
+    column = the_input(v2(ONE), body, ((name, b"%d" % len(head)),))
+    assert np.array_equal(column, x)
     assert np.shares_memory(column, np.frombuffer(body, np.uint8))
-    column = the_input(v2(ONE), head + b" " + x.tobytes(), ((JSON_LENGTH, b"%d" % (len(head) + 1)),))
-    assert np.array_equal(column, x[None])
-    assert column.flags.aligned
+    odd = the_input(v2(ONE), head + b" " + x.tobytes(), ((name, b"%d" % (len(head) + 1)),))
+    assert np.array_equal(odd, x)
+    assert odd.flags.aligned
+    several = v2(ONE).decode([body] * count, [((name, b"%d" % len(head)),)] * count).groups[0].columns["x"]
+    assert np.array_equal(several, np.concatenate([x] * count))
+
+
+def test_a_run_of_small_raw_tensors_is_read_at_once_and_its_one_bad_element_found() -> None:
+    rows = np.random.default_rng(0).random((64, 64), np.float32)
+    requests = [raw_request(row.tobytes()) for row in rows]
+    bodies, headers = zip(*requests, strict=True)
+    the = v2(ONE)
+    assert isinstance(the, V2Codec)
+    assert [list(share.rows) for share in the.at_once(bodies, headers)] == [[1] * 64]
+    assert np.array_equal(the.decode(bodies, headers).groups[0].columns["x"], rows)
+    rows[40, 7] = np.nan
+    bodies, headers = zip(*(raw_request(row.tobytes()) for row in rows), strict=True)
+    decoded = the.decode(bodies, headers)
+    ((position, reason),) = decoded.rejects
+    assert (position, str(reason)) == (40, 'inputs[0] "x": raw element 7 is not finite, expected a number (FP32)')
+    assert np.array_equal(decoded.groups[0].columns["x"], np.delete(rows, 40, axis=0))
 
 
 def test_raw_strings_are_bytes_and_json_strings_are_text() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from confluent_kafka.admin import (
 )
 
 from deploy.local import servers
-from tests.end_to_end import Scene, Worker, good_ones, refused
+from tests.end_to_end import Scene, good_ones
 from tests.servers import Kafka, started_kafka
 
 pytestmark = pytest.mark.broker

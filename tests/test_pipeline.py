@@ -476,5 +476,11 @@ def test_metrics_account_for_every_request() -> None:
         s.ask(666.0 if i == 3 else float(i))
     s.bus.publish(b"bad")
     s.run()
+    s.run(lambda: s.metrics.totals().inflight == 0)  # gauges are looked at a few times a second
     totals = s.metrics.totals()
+    assert totals.lag == 0
     assert (totals.received, totals.ok, totals.errors, totals.inflight) == (31, 29, 2, 0)
+    rendered = s.metrics.render().decode()
+    for stage in ("queue", "decode", "predict", "encode", "write", "settle"):
+        (count,) = [x for x in rendered.splitlines() if x.startswith(f'inferbus_stage_seconds_count{{stage="{stage}"}}')]
+        assert float(count.split()[1]) > 0, stage

@@ -6,11 +6,11 @@ import io
 from pathlib import Path
 
 import pytest
+
 from inferbus.worker.logs import Screen
 from inferbus.worker.pipeline_file import load
 from inferbus.worker.progress import ProgressLine
 from inferbus.worker.run import AWAY, BUG, DONE, Watch, drain, serve
-
 from tests.test_pipeline import Doubler, Setting
 
 PIPELINE = """

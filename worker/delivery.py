@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Outcomes:
         arrivals: (monotonic seconds, requests): when these requests were received, for the latency metric.
         started: Monotonic seconds when delivery began.
         left: Sinks that have not confirmed yet.
+        settling: Seconds it took to settle their requests.
         diverted: Messages (by identity) whose outcome goes out in another form; that settles them.
     """
 
@@ -43,6 +45,7 @@ class Outcomes:
     arrivals: Sequence[tuple[float, int]]
     started: float = 0.0
     left: int = 0
+    settling: float = 0.0
     diverted: set[int] = field(default_factory=set)
 
 
@@ -154,7 +157,9 @@ class AtLeastOnce:
             messages: Sequence[Message] = outcomes.records.messages
             if outcomes.diverted:
                 messages = [m for m in messages if id(m) not in outcomes.diverted]
+            began = time.perf_counter()
             self._source.settle(messages)
+            outcomes.settling = time.perf_counter() - began
             self._pending -= len(messages)
             self._settled(outcomes)
 

@@ -208,6 +208,8 @@ def _exchanged(pipeline: Path, brokers: str, requests: Sequence[Request]) -> Out
 def _worker(pipeline: Path, brokers: str) -> Iterator[subprocess.Popen[bytes]]:
     """`inferbus run`, its log beside the pipeline file."""
     command = [*COMMAND, "run", str(pipeline), "--set", "http=null", "--set", FETCH_SOON]
+    # Should the demo be killed, its broker goes with it, and the worker gives up instead of waiting for its return.
+    command += ["--until-idle", "30", "--set", "retry.bounded=10s"]
     with (pipeline.parent / "worker.log").open("wb") as log:
         worker = subprocess.Popen(  # noqa: S603 - our own command line
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "BROKERS": brokers}

@@ -162,6 +162,7 @@ class Pipeline:
         self._retry_at = 0.0
         self._backoff = 0.1
         self._stepped_at = clock()
+        self._measure_at = 0.0
         self._leftovers = False
         self.draining = False
         self.fatal: str | None = None
@@ -205,6 +206,7 @@ class Pipeline:
                 if self._clock() + backoff > until or self.draining:
                     raise
                 log.warning("waiting", place=place.name, reason=str(error), retry_in=backoff)
+                self._stepped_at = self._clock()
             else:
                 self._opened.append(place)
                 return
@@ -247,7 +249,7 @@ class Pipeline:
 
     def step(self) -> bool:
         """Everything that can be done now; False when there was nothing."""
-        now = self._stepped_at = self._clock()
+        now = self._clock()
         moved = self._collect()
         self._delivery.tick()
         self._tick_source(now)
@@ -259,6 +261,11 @@ class Pipeline:
         return self._dispatch(now, flush=self.draining) or moved
 
     def _tick_source(self, now: float) -> None:
+        self._stepped_at = now
+        if now >= self._measure_at:
+            self._measure_at = now + REST
+            self._metrics.set_inflight(*self._source.inflight())
+            self._metrics.set_lag(self._source.name, self._source.lag())
         try:
             self._source_tick = self._source.tick(now)
         except Unavailable as error:
@@ -306,7 +313,6 @@ class Pipeline:
         """Messages that may be asked for now."""
         messages, size = self._source.inflight()
         limits = self._limits
-        self._metrics.set_inflight(messages, size)
         room = limits.max_inflight_bytes - size
         if messages >= limits.max_inflight or room <= 0:
             return 0
@@ -602,6 +608,7 @@ class Pipeline:
     def _on_settled(self, outcomes: Outcomes) -> None:
         now = self._clock()
         self._metrics.stage("write", now - outcomes.started)
+        self._metrics.stage("settle", outcomes.settling)
         for arrived, count in outcomes.arrivals:
             self._metrics.latency(self.info.name, now - arrived, count)
         if outcomes.kind == "prediction":

@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -103,12 +103,14 @@ class Server:
     port_count: int = 1
 
 
-def kafka_command(jars: Path, folder: Path, ports: list[int], **extra: str) -> list[str]:
+def kafka_command(
+    jars: Path, folder: Path, ports: list[int], extra: Mapping[str, str] | None = None
+) -> list[str]:
     """`Server.command` of Kafka; `extra` overrides our properties and may name the ports {broker} and {controller}."""
     java = ["java", "-Xmx512m", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{jars}/*"]
     settings = folder / "server.properties"
-    lines = [_KAFKA_SETTINGS, *(f"{name}={value}\n" for name, value in extra.items())]  # of two, the last one counts
-    settings.write_text("".join(lines).format(broker=ports[0], controller=ports[1], folder=folder))
+    more = "".join(f"{name}={value}\n" for name, value in (extra or {}).items())  # of two, the last one counts
+    settings.write_text((_KAFKA_SETTINGS + more).format(broker=ports[0], controller=ports[1], folder=folder))
     if not (folder / "log/meta.properties").exists():
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         # = : an id that starts with a dash would be read as an option
