@@ -129,8 +129,8 @@ class Group:
     Attributes:
         positions: Their places in the chunk, ascending.
         rows: Rows of each request, at least 1.
-        columns: One array per model input, axis 0 of length sum(rows), C order, the signature's dtype, aligned. A large
-            raw tensor that makes up a group alone is a read-only view of its message.
+        columns: One array per model input, axis 0 of length sum(rows), C order, the signature's dtype, aligned. A raw
+            tensor that makes up a group alone may be a read-only view of its message.
         asks: What `encode` needs to know of each request, or None where nothing special was asked. Opaque to others.
         lane: Equal for groups that may share a batch: the trailing shapes of the inputs.
     """

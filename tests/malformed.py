@@ -12,9 +12,9 @@ WIDTH = 64
 Headers = tuple[tuple[str, bytes], ...]
 
 
-def v2_request(data: Any = None, **changes: Any) -> dict[str, Any]:
+def v2_request(values: Any = None, **changes: Any) -> dict[str, Any]:
     """A good request of one row, but for the changes to its input."""
-    tensor = {"name": "x", "datatype": "FP32", "shape": [1, WIDTH], "data": [0.5] * WIDTH if data is None else data}
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, WIDTH], "data": [0.5] * WIDTH if values is None else values}
     return {"id": "one", "inputs": [tensor | changes]}
 
 

@@ -65,8 +65,8 @@ def one_input(datatype: str, shape: tuple[int, ...] = (-1, 3)) -> Codec:
     return v2(Signature((TensorSpec("x", datatype, shape),), ONE.outputs))
 
 
-def asking(datatype: str, data: str, shape: str = "[1,3]") -> bytes:
-    return f'{{"inputs":[{{"name":"x","datatype":"{datatype}","shape":{shape},"data":{data}}}]}}'.encode()
+def asking(datatype: str, values: str, shape: str = "[1,3]") -> bytes:
+    return f'{{"inputs":[{{"name":"x","datatype":"{datatype}","shape":{shape},"data":{values}}}]}}'.encode()
 
 
 def the_input(codec: Codec, body: bytes, headers: Headers = ()) -> Array:
@@ -297,7 +297,7 @@ def test_an_error_names_the_input_and_what_was_expected(body: bytes, text: str) 
 
 
 @pytest.mark.parametrize(
-    ("datatype", "data", "text"),
+    ("datatype", "values", "text"),
     [
         ("INT64", "[1,2.0,3]", "data[1] is a decimal number, expected an integer (INT64)"),
         ("UINT8", "[1,2,300]", "data[2] is out of range for UINT8"),
@@ -307,8 +307,8 @@ def test_an_error_names_the_input_and_what_was_expected(body: bytes, text: str) 
         ("BYTES", '["a","b",null]', "data[2] is null, expected a string (BYTES)"),
     ],
 )
-def test_an_error_names_the_element_for_every_kind_of_datatype(datatype: str, data: str, text: str) -> None:
-    assert refusal(one_input(datatype), asking(datatype, data)) == f'inputs[0] "x": {text}'
+def test_an_error_names_the_element_for_every_kind_of_datatype(datatype: str, values: str, text: str) -> None:
+    assert refusal(one_input(datatype), asking(datatype, values)) == f'inputs[0] "x": {text}'
 
 
 def test_an_error_shows_a_hostile_name_escaped_and_short() -> None:
@@ -325,9 +325,9 @@ def test_an_error_does_not_show_values() -> None:
 
 def test_finding_the_culprit_among_a_million_numbers_is_quick() -> None:
     # Quick by construction (halving in C); the limit only catches a walk over them one by one with exceptions.
-    data = [0.5] * 1_000_000
-    data[777_777] = 1e39
-    body = orjson.dumps(v2_request(data, shape=[1_000_000 // 50, 50]))
+    values = [0.5] * 1_000_000
+    values[777_777] = 1e39
+    body = orjson.dumps(v2_request(values, shape=[1_000_000 // 50, 50]))
     assert refusal(one_input("FP32", (-1, 50)), body) == 'inputs[0] "x": data[777777] is out of range for FP32'
 
 
@@ -377,9 +377,9 @@ def test_a_boolean_outside_the_numbers_is_no_reason_to_refuse() -> None:
 
 @pytest.mark.parametrize("count", [1, 64])
 def test_a_boolean_among_numbers_is_found_however_the_data_lie(count: int) -> None:
-    for data in ("[1,true,3]", "[[1,true,3]]", "[[1,2,false]]"):
-        assert len(one_input("FP32").decode([asking("FP32", data)] * count, [()] * count).rejects) == count
-        assert len(one_input("INT8").decode([asking("INT8", data)] * count, [()] * count).rejects) == count
+    for values in ("[1,true,3]", "[[1,true,3]]", "[[1,2,false]]"):
+        assert len(one_input("FP32").decode([asking("FP32", values)] * count, [()] * count).rejects) == count
+        assert len(one_input("INT8").decode([asking("INT8", values)] * count, [()] * count).rejects) == count
 
 
 def test_a_shape_of_booleans_or_decimals_is_refused_after_the_same_shape_of_integers() -> None:
@@ -390,8 +390,8 @@ def test_a_shape_of_booleans_or_decimals_is_refused_after_the_same_shape_of_inte
 
 def test_a_free_dimension_may_be_empty() -> None:
     the = one_input("FP32", (-1, -1))
-    for data in ("[]", "[[]]"):
-        assert the_input(the, asking("FP32", data, "[1,0]")).shape == (1, 0)
+    for values in ("[]", "[[]]"):
+        assert the_input(the, asking("FP32", values, "[1,0]")).shape == (1, 0)
 
 
 def test_free_dimensions_make_lanes_and_rows_do_not() -> None:
@@ -723,8 +723,8 @@ def test_a_good_request_comes_through_as_numpy_has_it(
     given_: tuple[TensorSpec, Array], nested: bool, company: int
 ) -> None:
     spec, array = given_
-    data = array.tolist() if nested else array.ravel().tolist()
-    body = orjson.dumps({"inputs": [tensor("x", spec.datatype, array, data=data)]})
+    values = array.tolist() if nested else array.ravel().tolist()
+    body = orjson.dumps({"inputs": [tensor("x", spec.datatype, array, data=values)]})
     the = v2(Signature((spec,), (spec,)))
     found = per_request(the.decode([body] * (company + 1), [()] * (company + 1)))
     assert len(found) == company + 1

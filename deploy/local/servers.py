@@ -103,9 +103,7 @@ class Server:
     port_count: int = 1
 
 
-def kafka_command(
-    jars: Path, folder: Path, ports: list[int], extra: Mapping[str, str] | None = None
-) -> list[str]:
+def kafka_command(jars: Path, folder: Path, ports: list[int], extra: Mapping[str, str] | None = None) -> list[str]:
     """`Server.command` of Kafka; `extra` overrides our properties and may name the ports {broker} and {controller}."""
     java = ["java", "-Xmx512m", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-cp", f"{jars}/*"]
     settings = folder / "server.properties"
