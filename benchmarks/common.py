@@ -36,6 +36,7 @@ from deploy.local import servers
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 HERE = Path(__file__).resolve().parent
+TICKS = os.sysconf("SC_CLK_TCK")
 PARTITIONS = 4
 PATIENCE = 600.0  # seconds after which a worker that has not finished is given up
 LOOK = 0.1  # seconds between looks at how far a worker has come
@@ -52,7 +53,7 @@ def kafka() -> Iterator[Bus]:
     """The Kafka that INFERBUS_BENCH_KAFKA names (host:port), else one started for this run alone."""
     given = os.environ.get("INFERBUS_BENCH_KAFKA")
     with contextlib.ExitStack() as stack:
-        bus = Bus(given or stack.enter_context(broker())[0])
+        bus = Bus(given) if given else Bus(*stack.enter_context(broker()))
         stack.callback(bus.close)
         yield bus
 
@@ -75,10 +76,11 @@ def broker() -> Iterator[tuple[str, servers.Running]]:
 
 
 class Bus:
-    """Topics on one cluster; `close` deletes those made here."""
+    """Topics on one cluster; `close` deletes those made here. `server` is its process, where it is ours."""
 
-    def __init__(self, brokers: str) -> None:
+    def __init__(self, brokers: str, server: servers.Running | None = None) -> None:
         self.brokers = brokers
+        self.server = server
         self._admin = AdminClient({"bootstrap.servers": brokers, "log_level": 2})
         self._reader = Consumer({"bootstrap.servers": brokers, "group.id": "bench", "log_level": 2})
         self._topics: list[str] = []
@@ -186,8 +188,7 @@ class Child:
 
     def cpu(self) -> float:
         """CPU seconds used so far; also right after it has ended, until `stop`."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_of(self.pid)
 
     def memory(self, field: str = "VmRSS") -> int:
         """Resident bytes: now, or the most so far (`VmHWM`)."""
@@ -223,21 +224,42 @@ class Child:
         self._log.close()
 
 
+# Neighbours
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
 def await_quiet(patience: float = 60.0) -> None:
     """Return once the machine has been idle for half a second, or when patience is over: neighbours spoil a turn."""
     until = time.monotonic() + patience
-    idle, total = _idle_and_total()
     while time.monotonic() < until:
+        watched = Neighbours()
         time.sleep(0.5)
-        before = (idle, total)
-        idle, total = _idle_and_total()
-        if idle - before[0] > 0.8 * (total - before[1]):
+        if watched.share() < 0.2:
             return
 
 
-def _idle_and_total() -> tuple[int, int]:
-    ticks = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
-    return ticks[3] + ticks[4], sum(ticks)
+class Neighbours:
+    """What share of the machine others have taken since this was made; `mine` are processes that are not others."""
+
+    def __init__(self, *mine: int) -> None:
+        self._mine = mine
+        self._began = time.monotonic()
+        self._start = self._others()
+
+    def share(self, more: float = 0.0) -> float:
+        """0 for nothing, 1 for everything; `more` CPU seconds were used by someone else who is not one of them."""
+        taken = self._others() - self._start - more
+        return max(0.0, taken / (time.monotonic() - self._began) / (os.cpu_count() or 1))
+
+    def _others(self) -> float:
+        user, nice, system, _, _, irq, softirq, steal = map(int, _text("/proc/stat").splitlines()[0].split()[1:9])
+        own = os.times()
+        return (user + nice + system + irq + softirq + steal) / TICKS - own.user - own.system - sum(map(cpu_of, self._mine))
 
 
 def own(program: str) -> Path:

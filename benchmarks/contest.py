@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, Figure, await_quiet, median, own, table
+from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, Figure, Neighbours, await_quiet, median, own, table
 
 
 @dataclass(frozen=True)
@@ -95,26 +95,40 @@ class Contest:
     def turn(self, name: str, worker: Worker, messages: int | None = None) -> dict[str, float]:
         """Let one worker serve, until `messages` answers are there (by default one for each request).
 
+        A turn in which neighbours took more than a tenth of the machine is taken again; the quietest of three counts.
+
         Raises:
             RuntimeError: It ended early, answered too much, or refused a request.
         """
+        tries: list[dict[str, float]] = []
+        while not tries or (tries[-1]["neighbours"] > 0.1 and len(tries) < 3):
+            await_quiet()
+            tries.append(self._try(name, worker, messages))
+        done = min(tries, key=lambda one: one["neighbours"])
+        self.turns.setdefault(name, []).append(done)
+        return done
+
+    def _try(self, name: str, worker: Worker, messages: int | None) -> dict[str, float]:
         wanted = messages or self.messages
-        await_quiet()
         sink, errors = self.bus.topic(), self.bus.topic()
         job = Job(self.bus.brokers, self.source, sink, errors, f"bench-{uuid.uuid4().hex[:8]}", self.model,
                   wanted, self.rows, self.binary, self.max_message, self.folder)  # fmt: skip
         try:
+            server = self.bus.server
+            neighbours = Neighbours(*([server.pid] if server else []))
             with Child(worker(job)) as child:
                 answers, cpu = self._watch(child, job, wanted)
+                # Of a broker that was given nothing tells which process it is.
+                taken = neighbours.share(child.cpu()) if server else 0.0
             seconds = self.bus.written_in(sink)
             total = self.bus.count(sink)
             if not messages and total != self.messages:
                 raise RuntimeError(f"{name} gave {total} answers to {self.messages} requests")
         finally:
             self.bus.drop(sink, errors)
-        done = {"rate": total / seconds, "cpu_us": 1e6 * cpu / answers}
-        self.turns.setdefault(name, []).append(done)
-        print(f"  {name:<12} {done['rate']:>10,.0f} messages/s {done['cpu_us']:>8.1f} us CPU/message", flush=True)
+        done = {"rate": total / seconds, "cpu_us": 1e6 * cpu / answers, "neighbours": taken}
+        print(f"  {name:<12}{done['rate']:>10,.0f} messages/s {done['cpu_us']:>8.1f} us CPU each; "
+              f"neighbours took {taken:.0%} of the machine", flush=True)  # fmt: skip
         return done
 
     def _watch(self, child: Child, job: Job, wanted: int) -> tuple[int, float]:
@@ -167,7 +181,7 @@ class Contest:
                 "messages_per_second": round(self.median(name)),
                 "cpu_us_per_message": round(self.median(name, "cpu_us"), 2),
                 "of_bare": round(self.median(name) / self.median("bare"), 4),
-                "turns": [round(turn["rate"]) for turn in turns],
+                "turns": [{"messages_per_second": round(t["rate"]), "neighbours": round(t["neighbours"], 3)} for t in turns],
             }
             for name, turns in self.turns.items()
         }

@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     began = os.getloadavg()
     with tempfile.TemporaryDirectory() as scratch, kafka() as bus, broker() as (sink_address, sink_broker):
-        sinks = Bus(sink_address)
+        sinks = Bus(sink_address, sink_broker)
         folder = Path(scratch)
         source, empty, sink, errors = bus.topic(), bus.topic(), sinks.topic(), bus.topic()
         bus.fill(source, args.messages, json_requests())

@@ -75,7 +75,9 @@ class PythonExecutor:
         """What the model answers, unchecked. Raises whatever it raises."""
         if self._model is None:
             raise RuntimeError("predict before load")
-        return self._model.predict(inputs)
+        # A raw tensor may be a view of the message; a model that works in place must not fail on those alone.
+        own = {name: array if array.flags.writeable else array.copy() for name, array in inputs.items()}
+        return self._model.predict(own)
 
     def close(self) -> None:
         """Forget the model. Idempotent."""

@@ -143,3 +143,15 @@ def test_a_model_without_predict_is_refused(tmp_path: Path) -> None:
 def test_a_model_without_a_signature_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match=r"give its inputs and outputs in model\.yaml beside model\.py"):
         PythonExecutor(tmp_path / "model.py", "tiny", "1", signature=Signature((), ()))
+
+
+def test_a_model_that_works_in_place_may_do_so_on_raw_tensors_too(tmp_path: Path) -> None:
+    source = (
+        "from inferbus.models import Model\n\n\nclass InPlace(Model):\n"
+        "    def predict(self, inputs):\n        inputs['x'] *= 2\n        return {'y': inputs['x']}\n"
+    )
+    executor = PythonExecutor(tiny_models.python_model(tmp_path, source), "m", "1", signature=SIGNATURE)
+    executor.load()
+    view = np.frombuffer(np.ones(6, np.float32).tobytes(), np.float32).reshape(2, 3)
+    assert executor.predict({"x": view})["y"].tolist() == [[2.0] * 3] * 2
+    executor.close()
