@@ -739,10 +739,9 @@ class KafkaSink:
 
     def healthy(self) -> str | None:
         """Brokers away or refusing, or a write unconfirmed for ten seconds."""
-        for write in self._client.pending:
+        for write in list(self._client.pending)[:1]:  # a copy: the listener's thread asks too
             if self._clock() - write.since > 2 * REACH:
                 return f"{self.name}: a write has not been confirmed for {self._clock() - write.since:.0f} s"
-            break
         return self._client.trouble.away()
 
     def close(self, timeout: float) -> None:

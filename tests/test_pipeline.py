@@ -482,5 +482,6 @@ def test_metrics_account_for_every_request() -> None:
     assert (totals.received, totals.ok, totals.errors, totals.inflight) == (31, 29, 2, 0)
     rendered = s.metrics.render().decode()
     for stage in ("queue", "decode", "predict", "encode", "write", "settle"):
-        (count,) = [x for x in rendered.splitlines() if x.startswith(f'inferbus_stage_seconds_count{{stage="{stage}"}}')]
+        series = f'inferbus_stage_seconds_count{{stage="{stage}"}} '
+        (count,) = [line for line in rendered.splitlines() if line.startswith(series)]
         assert float(count.split()[1]) > 0, stage
