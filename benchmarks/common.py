@@ -233,7 +233,7 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def await_quiet(patience: float = 60.0) -> None:
+def await_quiet(patience: float = 30.0) -> None:
     """Return once the machine has been idle for half a second, or when patience is over: neighbours spoil a turn."""
     until = time.monotonic() + patience
     while time.monotonic() < until:

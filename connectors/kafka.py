@@ -29,7 +29,7 @@ from typing import Any
 import orjson
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka import Message as Raw
-from confluent_kafka.admin import AclOperation, AdminClient
+from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource
 
 from inferbus.connectors.base import (
     Bell,
@@ -254,7 +254,8 @@ class KafkaSource:
             self._resume(consumer)
         if len(self._stash) < limit:
             with translated("receive"):  # what the stash holds must survive an error: the client is past it
-                self._stash += consumer.consume(limit - len(self._stash), 0)
+                fresh = consumer.consume(limit - len(self._stash), 0)
+            self._stash += fresh  # not in one step with the call, in which a revocation may purge the stash
             self._served_at = self._asked_at
         raw, self._stash = self._stash[:limit], self._stash[limit:]
         return self._accept(raw) if raw else []
@@ -397,6 +398,11 @@ class KafkaSource:
         return [(lease, at) for lease in leases if (at := lease.gaps.unconfirmed()) is not None]
 
     def _send_commit(self, consumer: Consumer, ready: list[tuple[Lease, int]]) -> None:
+        # A revocation may have come first: what it committed must not be moved back, or the new owner repeats it.
+        ready = [(lease, at) for lease, at in ready if lease.open]
+        if not ready:
+            self._commit_answers.append(None)
+            return
         try:
             consumer.commit(offsets=self._places(ready), asynchronous=True)
         except (KafkaException, RuntimeError) as error:
@@ -425,11 +431,13 @@ class KafkaSource:
 
     # Rebalances
 
-    def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         now = self._clock()
         # A fresh dict, because another thread may be reading the old one.
         self._leases = {**self._leases, **{p.partition: Lease(p.partition, self._partitions, now) for p in partitions}}
-        self._paused = False  # an assignment un-pauses
+        # The client keeps a pause over an assignment: a partition lost while paused would never be read again.
+        consumer.resume([*consumer.assignment(), *partitions])
+        self._paused = False
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Drain within the budget, commit, fence: in this order, or finished work would be served twice."""
@@ -478,6 +486,8 @@ class KafkaSource:
         for lease in leases:
             lease.open = False
         self._leases = {p: lease for p, lease in self._leases.items() if lease.open}
+        # Assigned anew, these partitions begin at what is committed, so what waits here comes again.
+        self._stash = [m for m in self._stash if m.error() is not None or m.partition() in self._leases]
 
     # Without credit, without messages, without progress
 
@@ -615,6 +625,14 @@ class KafkaClient:
         # The pipeline rests, so nothing will join what is queued: flush, which ignores linger, instead of a poll.
         self._parking = Parking(lambda: producer.flush(PARK) == 0, self._bell)
 
+    def limit_batches(self, topic: str) -> None:
+        """Send no larger batch than the topic takes: it would refuse every record in it for the sake of one."""
+        limit = largest_batch(self.config, self.producer, topic)
+        if limit < int(self.config.get("batch.size", 1_000_000)):
+            self.config["batch.size"] = limit
+            self._parking.close()
+            self._start()
+
     def tick(self) -> None:
         """Serve delivery reports, then tell whoever wrote."""
         if not self._parking.parked:
@@ -706,6 +724,7 @@ class KafkaSink:
             self._opened = True
         self._partitions = reach_topic(self._client.producer, self._topic, self._client.trouble)
         may(AclOperation.WRITE, self._client.config, self._client.producer, self._topic)
+        self._client.limit_batches(self._topic)
 
     def write(self, records: Records, done: Done) -> None:
         """Hand all records to the client at once; `done` comes with the last delivery report."""
@@ -830,10 +849,9 @@ def may(operation: AclOperation, config: Config, client: Any, topic: str, group:
     Raises:
         Unavailable: The broker lists our rights on the topic, or on the group, and `operation` is not among them.
     """
-    listed = client.list_topics(topic, timeout=REACH)
-    if listed.controller_id not in listed.brokers:
-        return  # a cluster without a controller, such as the embedded broker, does not answer this question
-    admin = AdminClient({k: v for k, v in config.items() if k != "enable.idempotence"} | {"log_level": 0})
+    admin = administrator(config, client, topic)
+    if admin is None:
+        return
     ask = {"include_authorized_operations": True, "request_timeout": REACH}
     asked = {f'topic "{topic}"': admin.describe_topics(TopicCollection([topic]), **ask)[topic]}
     if group is not None:
@@ -849,6 +867,27 @@ def may(operation: AclOperation, config: Config, client: Any, topic: str, group:
             raise Unavailable(
                 f"kafka: {name} may not be {done} with these credentials; grant them {operation.name} on it"
             )
+
+
+def administrator(config: Config, client: Any, topic: str) -> AdminClient | None:
+    """A client that asks about rights and settings; None for the embedded broker, which answers no such question."""
+    listed = client.list_topics(topic, timeout=REACH)
+    if listed.controller_id not in listed.brokers:
+        return None
+    return AdminClient({k: v for k, v in config.items() if k != "enable.idempotence"} | {"log_level": 0})
+
+
+def largest_batch(config: Config, client: Any, topic: str) -> float:
+    """Bytes of the largest batch the topic takes; infinity where the cluster does not tell us."""
+    admin = administrator(config, client, topic)
+    if admin is None:
+        return float("inf")
+    place = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    try:
+        settings = admin.describe_configs([place], request_timeout=REACH)[place].result()
+    except KafkaException:  # not ours to see
+        return float("inf")
+    return int(settings["max.message.bytes"].value)
 
 
 @contextlib.contextmanager

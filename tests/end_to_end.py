@@ -27,7 +27,7 @@ from typing import Any, Self
 import numpy as np
 import orjson
 import yaml
-from confluent_kafka import Consumer, KafkaError, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from onnx import helper
 
 from tests.servers import Kafka
@@ -292,7 +292,8 @@ class Outcomes:
         """How many there are, without reading them."""
         for topic, partition in self._ends:
             place = TopicPartition(topic, partition)
-            _, self._ends[topic, partition] = self._consumer.get_watermark_offsets(place, timeout=30.0)
+            with contextlib.suppress(KafkaException):  # a broker that has just come up may not know it yet
+                _, self._ends[topic, partition] = self._consumer.get_watermark_offsets(place, timeout=30.0)
         return sum(self._ends.values())
 
     def read(self) -> list[Outcome]:

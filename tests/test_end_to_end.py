@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import socket
 import time
 from collections import defaultdict
@@ -160,6 +161,40 @@ def await_all_serve(the: Scene, workers: int) -> None:
     await_(look, f"{workers} workers to serve", *the.workers)
 
 
+def test_a_worker_that_slept_longer_than_its_session_serves_on_and_loses_nothing(scene: Stage, slow: Path) -> None:
+    at_most = 256
+    config = {"heartbeat.interval.ms": 500}
+    the = scene(model=slow, partitions=6, flow={"max_inflight": at_most}, batch={"max_rows": 16}, config=config)
+    sleeper = the.worker().is_ready()
+    with the.load(rate=300):
+        await_all_serve(the, 1)
+        sleeper.process.send_signal(signal.SIGSTOP)
+        other = the.worker().is_ready()
+        await_all_serve(the, 1)  # with the sleeper's partitions, whose lease has run out
+        sleeper.process.send_signal(signal.SIGCONT)
+        await_all_serve(the, 2)
+    the.await_outcomes()
+    sleeper.stop()
+    other.stop()
+    assert the.accounted() <= at_most
+
+
+def test_partitions_given_away_without_credit_are_read_again_when_they_come_back(scene: Stage, tmp_path: Path) -> None:
+    # Starved of credit for longer than a second, a worker pauses its partitions.
+    starving = model_that("time.sleep(1.5)", tmp_path / "starving")
+    config = {"heartbeat.interval.ms": 500}
+    the = scene(model=starving, flow={"max_inflight": 8}, batch={"max_rows": 8}, config=config)
+    the.publish([asking([(float(n), 1.0, 1.0)], b"k%d" % n, (("inferbus-id", b"%d" % n),)) for n in range(100)])
+    first = the.worker().is_ready()
+    the.await_outcomes(8)
+    second = the.worker().is_ready()
+    await_(lambda: len(the.served_by()) == 2, "both to serve", first, second)
+    second.stop()
+    the.await_outcomes(timeout=50)
+    first.stop()
+    assert the.accounted() == 0
+
+
 def test_sigterm_drains_so_that_a_second_run_sees_nothing_again(scene: Stage, slow: Path) -> None:
     the = scene(model=slow, batch={"max_rows": 8}, flow={"max_inflight": 128})
     the.publish(good_ones(SIZES.requests // 2))
@@ -243,6 +278,23 @@ def test_a_broker_restarted_under_load_costs_nothing_but_time(
         assert worker.running()
         worker.stop()
         the.accounted()
+
+
+def test_a_worker_waits_for_its_broker_at_start_and_a_bounded_run_gives_up_in_the_end(
+    restartable_kafka: KafkaServer, tmp_path: Path
+) -> None:
+    with Scene(restartable_kafka, tmp_path) as the:
+        the.publish(good_ones(100))
+        restartable_kafka.kill()
+        worker = the.worker("--until-idle", "30", "--set", "retry.bounded=3s", "--set", "retry.start=60s")
+        worker.has_said("waiting")
+        restartable_kafka.start()
+        the.await_outcomes()
+        restartable_kafka.kill()
+        assert worker.ended(timeout=60) == 3
+        restartable_kafka.start()
+        the.serve()
+        assert the.accounted() <= 100
 
 
 # Requests that cannot be answered
@@ -338,6 +390,23 @@ def test_requests_that_expire_while_they_wait_for_the_model_get_an_error(scene: 
     assert the.accounted() == 0
 
 
+def test_headers_and_bodies_that_are_null_are_only_that(scene: Stage) -> None:
+    the = scene()
+    names = ["inferbus-id", "ce_id", "ce_source", "traceparent", "correlation_id", "inferbus-model", "content-type"]
+    names += ["inferbus-deadline-ms", "inferbus-timeout-ms", "inference-header-content-length", "inferbus-error", "own"]
+    the.publish([*good_ones(50), *good_ones(50, first=50)])
+    producer = Producer({"bootstrap.servers": the.brokers})
+    for name in names:
+        producer.produce(the.topic, good(0).body, headers=[(name, None)])
+        producer.produce(the.topic, None, headers=[(name, None)])
+    assert producer.flush(30.0) == 0
+    the.serve()
+    assert the.outcomes.count() == 100 + 2 * len(names)
+    errors = [outcome for outcome in the.outcomes.read() if outcome.error]
+    assert len(errors) >= len(names)
+    assert {error.error["code"] for error in errors} == {"invalid_request"}
+
+
 # Sizes
 
 
@@ -353,6 +422,26 @@ def test_a_request_over_the_limit_and_a_prediction_over_the_sinks_limit_are_too_
     for error in (outcome for outcome in the.outcomes.read() if outcome.error):
         stages[error.key].add(error.error["stage"])
     assert stages == {b"a": {"write"}, b"b": {"receive"}}
+
+
+def test_a_request_whose_id_or_key_alone_is_too_large_for_the_sinks_still_ends_as_an_error(scene: Stage) -> None:
+    the = scene()
+    at_most = 1_000_000  # what a client sends by default
+    hostile = [
+        refused(good(0).body, b"k", (("inferbus-id", b"i" * (at_most - 200)),), "too_large"),
+        refused(good(0).body, b"k" * (at_most - 200), (), "too_large"),
+        refused(b"{}", b"k" * (at_most - 200), (), "invalid_request"),
+    ]
+    the.publish(good_ones(50))
+    producer = Producer({"bootstrap.servers": the.brokers, "message.max.bytes": 2 * at_most})
+    for request in hostile:
+        producer.produce(the.topic, request.body, request.key, headers=list(request.headers))
+    assert producer.flush(30.0) == 0
+    the.publish(good_ones(50, first=50))
+    the.serve()
+    assert the.outcomes.count() == 100 + len(hostile)
+    codes = [outcome.error["code"] for outcome in the.outcomes.read() if outcome.error]
+    assert sorted(codes) == ["invalid_request", "too_large", "too_large"]
 
 
 def test_a_request_of_a_thousand_rows_gets_one_answer_of_a_thousand_rows_in_order(scene: Stage) -> None:

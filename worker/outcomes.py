@@ -30,6 +30,9 @@ Stage = Literal["receive", "decode", "predict", "encode", "write"]
 Fault = tuple[Message, Code, Stage, str]
 """A delivery that ends as an error: what, why, where, and the sentence its requester reads."""
 
+LONGEST = 1024
+"""Of an id in characters, of a key in bytes, where nothing else is left to leave out."""
+
 CARRIED = frozenset({"traceparent", "tracestate", "correlation_id"})
 """Request headers that go on into the prediction."""
 
@@ -107,13 +110,17 @@ def errors(
 
 
 def without_body(records: Records) -> Records:
-    """Error records too large for the sink, made smaller: without the body, then without the request's headers."""
-    bodies: list[bytes] = []
+    """Error records too large for the sink, made smaller: without the body, then without the request's headers.
+
+    Where that is not enough the id or the key is to blame: then both are cut, and `source` says where the whole lies.
+    """
+    keys: list[bytes | None] = []
     headers: list[list[tuple[str, bytes]]] = []
-    for body, own in zip(records.bodies, records.headers, strict=True):
+    for key, body, own in zip(records.keys, records.bodies, records.headers, strict=True):
         *rest, (name, value) = own
-        bodies.append(b"")
-        headers.append(
-            [*(rest if body else []), (name, orjson.dumps(orjson.loads(value) | {"body": "omitted"}))]
-        )
-    return Records(records.messages, records.keys, bodies, headers)
+        error = orjson.loads(value) | {"body": "omitted"}
+        if not body and not rest:
+            error["id"], key = error["id"][:LONGEST], key and key[:LONGEST]
+        keys.append(key)
+        headers.append([*(rest if body else []), (name, orjson.dumps(error))])
+    return Records(records.messages, keys, [b""] * len(records), headers)
