@@ -41,6 +41,7 @@ JSON_ANSWER: Headers = (("content-type", b"application/json"),)
 
 _RUN = 128  # messages read at once: more of them save nothing
 _FEW = 8  # after an odd message
+_LARGE = 64 << 10  # bytes of a message's tensors from which copying them twice would be felt
 _RUN_BYTES = 4 << 20  # a heavier run is read one by one, so that only one message's Python objects are alive
 _MOST_COUNTS = 4096  # packers kept per datatype; dropped together beyond, so that no sender can grow the worker
 _LONGEST_TEXT = 300
@@ -301,7 +302,7 @@ class ChunkDecoder(ABC):
             for parts, more in zip(stack.parts, share.parts, strict=True):
                 parts.extend(more)
             position += len(share.rows)
-        return Decoded([self._group(lane, stack) for lane, stack in stacks.items()], rejects)
+        return Decoded([g for lane, stack in stacks.items() for g in self._groups(lane, stack)], rejects)
 
     def _shares(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Iterator[Share | InvalidRequest]:
         """What every message comes to, in order."""
@@ -328,6 +329,17 @@ class ChunkDecoder(ABC):
             return self.exact(body, headers)
         except InvalidRequest as reason:
             return reason
+
+    def _groups(self, lane: Lane, stack: _Stack) -> list[Group]:
+        """One group, or one for each message where messages are so large that only the batch should be stacked."""
+        count = len(stack.positions)
+        single = all(len(parts) == count for parts in stack.parts)
+        if count == 1 or not single or sum(len(parts[0]) for parts in stack.parts) < _LARGE:
+            return [self._group(lane, stack)]
+        return [
+            self._group(lane, _Stack([[p[i]] for p in stack.parts], [position], [stack.rows[i]], [stack.asks[i]]))
+            for i, position in enumerate(stack.positions)
+        ]
 
     def _group(self, lane: Lane, stack: _Stack) -> Group:
         total = sum(stack.rows)

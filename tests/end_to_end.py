@@ -290,11 +290,20 @@ class Outcomes:
 
     def count(self) -> int:
         """How many there are, without reading them."""
-        for topic, partition in self._ends:
-            place = TopicPartition(topic, partition)
-            with contextlib.suppress(KafkaException):  # a broker that has just come up may not know it yet
-                _, self._ends[topic, partition] = self._consumer.get_watermark_offsets(place, timeout=30.0)
+        self._ends = {place: self._end(TopicPartition(*place)) for place in self._ends}
         return sum(self._ends.values())
+
+    def _end(self, place: TopicPartition) -> int:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                _, end = self._consumer.get_watermark_offsets(place, timeout=30.0)
+            except KafkaException:  # a broker that has just come up may not know the partition yet
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+            else:
+                return int(end)
 
     def read(self) -> list[Outcome]:
         """All of them up to now, in the order of each partition."""

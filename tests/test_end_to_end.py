@@ -550,10 +550,33 @@ def test_with_order_key_outcomes_of_a_key_leave_in_the_order_of_its_requests(sce
     the.publish(good_ones(SIZES.requests // 2, keys=20))
     the.serve()
     assert the.accounted() == 0
+    assert_in_order_of_requests(the.outcomes.read(), keys=20)
+
+
+def test_order_key_holds_while_workers_come_and_go(scene: Stage, tmp_path: Path) -> None:
+    restless = model_that("time.sleep(0.02 * np.random.default_rng().random())", tmp_path / "restless")
+    model = {"path": str(restless), "replicas": 3}
+    the = scene(order="key", partitions=6, batch={"max_rows": 8}, config={"heartbeat.interval.ms": 500})
+    the.file["model"] = model
+    crew = [the.worker().is_ready()]
+    with the.load(rate=300):
+        for _ in range(SIZES.rounds_of_workers):
+            crew.append(the.worker().is_ready())
+            await_all_serve(the, 2)
+            crew.pop(0).stop()
+            await_all_serve(the, 1)
+    the.await_outcomes()
+    crew.pop().stop()
+    assert the.accounted() == 0
+    assert_in_order_of_requests(the.outcomes.read(), keys=50)
+
+
+def assert_in_order_of_requests(outcomes: list[Outcome], keys: int) -> None:
+    """Of each key; the serial number of a request is in its id."""
     by_key = defaultdict(list)
-    for outcome in the.outcomes.read():
+    for outcome in outcomes:
         by_key[outcome.key].append(int(outcome.id.removeprefix("r-")))
-    assert len(by_key) == 20
+    assert len(by_key) == keys
     assert all(serials == sorted(serials) for serials in by_key.values())
 
 

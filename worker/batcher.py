@@ -125,6 +125,10 @@ class Batcher:
         """Rows waiting."""
         return sum(lane.rows for lane in self._lanes.values())
 
+    def size(self) -> float:
+        """Bytes waiting."""
+        return sum(lane.size for lane in self._lanes.values())
+
     def put(self, lane: Hashable, piece: Piece) -> None:
         """Let a piece wait in its lane; oversized requests are cut into parts first."""
         if max(piece.rows) > self._row_limit(piece):

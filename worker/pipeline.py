@@ -39,6 +39,8 @@ CHUNK_BYTES = 8 * 2**20  # and about as many bytes
 REST = 0.2  # seconds the pipeline sleeps at most
 ALIVE = 60.0  # seconds without a step after which the process reports itself dead
 
+SPARE = 4  # batches that wait for each device, beyond which nothing more is received
+
 CONTROL = frozenset({"inferbus-deadline-ms", "inferbus-timeout-ms", "inferbus-model"})
 
 
@@ -314,9 +316,16 @@ class Pipeline:
         messages, size = self._source.inflight()
         limits = self._limits
         room = limits.max_inflight_bytes - size
-        if messages >= limits.max_inflight or room <= 0:
+        if messages >= limits.max_inflight or room <= 0 or self._stocked():
             return 0
         return min(CHUNK, limits.max_inflight - messages, max(1, min(room, CHUNK_BYTES) // self._largest))
+
+    def _stocked(self) -> bool:
+        """Devices have batches waiting and to spare: more would only fill memory and be repeated after a crash."""
+        rows = len(self._batcher)
+        if rows < SPARE * self._limits.max_rows * len(self._devices):
+            return False
+        return rows >= CHUNK or self._batcher.size() >= 2 * CHUNK_BYTES
 
     def _receive(self, now: float) -> bool:
         limit = self._credit()
