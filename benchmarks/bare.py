@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 import onnxruntime as ort
 import orjson
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, Message, Producer
 
 
 def main() -> None:
@@ -59,12 +59,11 @@ def main() -> None:
     consumer.close()
 
 
-def decode_binary(m: object, dtype: str) -> np.ndarray:  # type: ignore[type-arg]
+def decode_binary(m: Message, dtype: str) -> np.ndarray:
     """The tensor behind the JSON of a V2 request with the binary extension."""
-    length = int(dict(m.headers())["inference-header-content-length"])  # type: ignore[attr-defined]
-    document = orjson.loads(m.value()[:length])  # type: ignore[attr-defined]
-    shape = document["inputs"][0]["shape"][1:]
-    return np.frombuffer(m.value(), dtype, offset=length).reshape(shape)  # type: ignore[attr-defined]
+    body, length = m.value(), int(dict(m.headers())["inference-header-content-length"])
+    shape = orjson.loads(body[:length])["inputs"][0]["shape"][1:]
+    return np.frombuffer(body, dtype, offset=length).reshape(shape)
 
 
 def produce(producer: Producer, topic: str, body: bytes, key: bytes | None) -> None:
@@ -72,7 +71,7 @@ def produce(producer: Producer, topic: str, body: bytes, key: bytes | None) -> N
     while True:
         try:
             producer.produce(topic, body, key)
-            return
+            break
         except BufferError:
             producer.poll(0.01)
 

@@ -17,7 +17,20 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import HERE, LOOK, PATIENCE, Bus, Child, Figure, Neighbours, await_quiet, median, own, table
+from benchmarks.common import (
+    HERE,
+    LOOK,
+    PATIENCE,
+    Bus,
+    Child,
+    Figure,
+    Neighbours,
+    await_quiet,
+    median,
+    own,
+    quietest,
+    table,
+)
 
 
 @dataclass(frozen=True)
@@ -95,21 +108,16 @@ class Contest:
     def turn(self, name: str, worker: Worker, messages: int | None = None) -> dict[str, float]:
         """Let one worker serve, until `messages` answers are there (by default one for each request).
 
-        A turn in which neighbours took more than a tenth of the machine is taken again; the quietest of three counts.
-
         Raises:
             RuntimeError: It ended early, answered too much, or refused a request.
         """
-        tries: list[dict[str, float]] = []
-        while not tries or (tries[-1]["neighbours"] > 0.1 and len(tries) < 3):
-            await_quiet()
-            tries.append(self._try(name, worker, messages))
-        done = min(tries, key=lambda one: one["neighbours"])
+        done = quietest(lambda: self._try(name, worker, messages))
         self.turns.setdefault(name, []).append(done)
         return done
 
     def _try(self, name: str, worker: Worker, messages: int | None) -> dict[str, float]:
         wanted = messages or self.messages
+        await_quiet()
         sink, errors = self.bus.topic(), self.bus.topic()
         job = Job(self.bus.brokers, self.source, sink, errors, f"bench-{uuid.uuid4().hex[:8]}", self.model,
                   wanted, self.rows, self.binary, self.max_message, self.folder)  # fmt: skip
@@ -181,7 +189,9 @@ class Contest:
                 "messages_per_second": round(self.median(name)),
                 "cpu_us_per_message": round(self.median(name, "cpu_us"), 2),
                 "of_bare": round(self.median(name) / self.median("bare"), 4),
-                "turns": [{"messages_per_second": round(t["rate"]), "neighbours": round(t["neighbours"], 3)} for t in turns],
+                "turns": [
+                    {"messages_per_second": round(t["rate"]), "neighbours": round(t["neighbours"], 3)} for t in turns
+                ],
             }
             for name, turns in self.turns.items()
         }

@@ -5,7 +5,7 @@
 
 Request i is due at begin + i / RATE on the machine's monotonic clock, whatever became of those before it; its key is i
 in eight bytes. Latency counts from when it was due: a worker that stalls is charged for everyone who had to wait.
-The writer prints `begin`, the reader that it is ready.
+The writer prints `begin`, and at the end by how many milliseconds it was late (p99); the reader that it is ready.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import deque
 import numpy as np
 from confluent_kafka import Consumer, Producer, TopicPartition
 
-from benchmarks.common import PARTITIONS
+from benchmarks.common import PARTITIONS, percentiles
 from benchmarks.material import json_requests
 
 SILENCE = 10.0  # seconds without an answer after which no more are expected
@@ -30,15 +30,18 @@ def write(brokers: str, topic: str, rate: float, count: int) -> None:
     request = json_requests()
     begin = time.monotonic() + 0.1
     print(begin, flush=True)
-    sent = 0
+    sent, late = 0, []
     while sent < count:
-        due = min(count, int((time.monotonic() - begin) * rate) + 1)
+        now = time.monotonic()
+        late.append(now - begin - sent / rate)
+        due = min(count, int((now - begin) * rate) + 1)
         for i in range(sent, due):
             producer.produce(topic, request(i)[0], i.to_bytes(8, "big"), i % PARTITIONS)
         sent = max(sent, due)
         producer.poll(0)
         time.sleep(max(0.0005, begin + sent / rate - time.monotonic()))
     producer.flush(60.0)
+    print(percentiles(late)["p99"], flush=True)
 
 
 def read(brokers: str, topic: str, count: int, file: str) -> None:

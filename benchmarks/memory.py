@@ -16,7 +16,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-from benchmarks.common import Bus, Child, Figure, arguments, broker, kafka, save, servers, table
+from benchmarks.common import Bus, Child, Figure, arguments, broker, free_port, kafka, save, table
 from benchmarks.contest import Job, inferbus
 from benchmarks.material import json_requests, tiny_model
 
@@ -37,7 +37,7 @@ def main() -> None:
         model = tiny_model(folder)
 
         def worker(topic: str) -> tuple[Child, int]:
-            port = servers.free_ports(1)[0]
+            port = free_port()
             group = f"bench-{uuid.uuid4().hex[:8]}"
             job = Job(bus.brokers, topic, sink, errors, group, model, 0, 256, False, MIB, folder)
             apart = {"kafka": {"topic": sink, "brokers": sink_address}}
@@ -61,8 +61,12 @@ def main() -> None:
         served = sinks.count(sink)
         sinks.close()
     most = max(samples)
-    rows = [("ready, nothing to do", base / MIB), ("sink stopped, most seen", most / MIB), ("sink stopped, at the end", samples[-1] / MIB),
-            ("peak, start-up included", peak / MIB)]  # fmt: skip
+    rows = [
+        ("ready, nothing to do", base / MIB),
+        ("sink stopped, most seen", most / MIB),
+        ("sink stopped, at the end", samples[-1] / MIB),
+        ("peak, start-up included", peak / MIB),
+    ]
     table(("resident", "MiB"), rows)
     print(f"{args.messages - served:,} requests were waiting")
     figures = [Figure("above a ready worker", (peak - base) / 1e6, 150.0, at_least=False, unit="MB")]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import HERE, Child, Figure, arguments, await_quiet, kafka, median, own, save, servers, table
+from benchmarks.common import HERE, Child, Figure, arguments, await_quiet, free_port, kafka, median, own, save, table
 from benchmarks.contest import Job, inferbus
 from benchmarks.material import tiny_model
 from benchmarks.memory import await_ready
@@ -31,10 +31,10 @@ def main() -> None:
         folder = Path(scratch)
         model = tiny_model(folder)
         source, sink, errors = bus.topic(), bus.topic(), bus.topic()
-        bare = [sys.executable, HERE / "bare_start.py", model, bus.brokers, source]
+        bare: Sequence[str | Path] = [sys.executable, HERE / "bare_start.py", model, bus.brokers, source]
         for i in range(-1, args.runs):  # the first turn fills the caches of the disk and does not count
             await_quiet()
-            port = servers.free_ports(1)[0]
+            port = free_port()
             job = Job(bus.brokers, source, sink, errors, f"bench-{i + 1}", model, 0, 256, False, 2**20, folder)
             taken = {
                 "bare": until_said(bare),
@@ -55,14 +55,12 @@ def main() -> None:
 
 
 def until_said(command: Sequence[str | Path]) -> float:
-    """Seconds until the program prints `ready`."""
+    """Seconds until the program says `ready`."""
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        if child.stdout.readline() != "ready\n":
+        if child.stdout is None or child.stdout.readline() != "ready\n":
             raise RuntimeError("the bare script did not become ready")
-        taken = time.perf_counter() - began
-    return taken
+        return time.perf_counter() - began
 
 
 def until_ready(command: Sequence[str | Path], port: int) -> float:

@@ -280,6 +280,10 @@ class KafkaSource:
     def _track(self, lease: Lease, run: list[Raw]) -> list[Message]:
         """Consecutive records of one partition as messages."""
         lease.moved_at = self._asked_at
+        highest = lease.gaps.highest
+        if highest is not None and run[0].offset() <= highest:
+            # Around a rebalance the client may hand over once more what it just did: that is being served.
+            run = [m for m in run if m.offset() > highest]
         stem = f"{self._topic}-{lease.partition}-"
         offsets = list(map(Raw.offset, run))
         bodies = [body or b"" for body in map(Raw.value, run)]
@@ -436,7 +440,7 @@ class KafkaSource:
         # A fresh dict, because another thread may be reading the old one.
         self._leases = {**self._leases, **{p.partition: Lease(p.partition, self._partitions, now) for p in partitions}}
         # The client keeps a pause over an assignment: a partition lost while paused would never be read again.
-        consumer.resume([*consumer.assignment(), *partitions])
+        consumer.resume([*consumer.assignment(), *partitions] if self._paused else partitions)
         self._paused = False
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:

@@ -1,9 +1,10 @@
-"""What every peer does with a batch: JSON decode, stack, predict, JSON encode. As in the bare loop, nothing is checked."""
+"""What every peer does with a batch: JSON decode, stack, predict, JSON encode; nothing checked, as in the bare loop."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -30,7 +31,7 @@ class Model:
         self._input = self._session.get_inputs()[0].name
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def answer(self, documents: list[dict]) -> Iterable[bytes]:
+    def answer(self, documents: list[dict[str, Any]]) -> Iterable[bytes]:
         """Bodies of the answers to V2 requests."""
         batch = np.array([d["inputs"][0]["data"] for d in documents], "<f4")
         answers = [a.tolist() for a in self._session.run(self._outputs, {self._input: batch})]
