@@ -359,7 +359,7 @@ def _split(body: bytes, headers: Headers) -> tuple[bytes | memoryview, _Tail]:
 
 def _json_length(body: bytes, headers: Headers) -> int:
     """Where the JSON ends and raw tensors begin."""
-    lengths = {value for name, value in headers if name.lower() == JSON_LENGTH}
+    lengths = {value or b"" for name, value in headers if name.lower() == JSON_LENGTH}  # Kafka allows no value
     text = lengths.pop()
     if lengths or not text.isdigit() or len(text) > 20 or int(text) > len(body):
         raise refuse(f"header {JSON_LENGTH} is wrong, expected the length of the JSON, an integer up to {len(body)}")
