@@ -323,6 +323,8 @@ class Figure(NamedTuple):
 
 def arguments(about: str | None, *, messages: int = 0, runs: int = 0) -> argparse.ArgumentParser:
     """The options all benchmarks share; those without a default do not apply."""
+    # As an exit, so that brokers and workers end with us: they are in groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     if messages:
         parser.add_argument("--messages", type=int, default=messages, help="requests (default %(default)s)")

@@ -184,7 +184,7 @@ def test_partitions_given_away_without_credit_are_read_again_when_they_come_back
     starving = model_that("time.sleep(1.5)", tmp_path / "starving")
     config = {"heartbeat.interval.ms": 500}
     the = scene(model=starving, flow={"max_inflight": 8}, batch={"max_rows": 8}, config=config)
-    the.publish([asking([(float(n), 1.0, 1.0)], b"k%d" % n, (("inferbus-id", b"%d" % n),)) for n in range(100)])
+    the.publish([asking([(float(n), 1.0, 1.0)], b"k%d" % n, (("inferbus-id", b"%d" % n),)) for n in range(64)])
     first = the.worker().is_ready()
     the.await_outcomes(8)
     second = the.worker().is_ready()
