@@ -116,7 +116,11 @@ class Executor(Protocol):
         """
 
     def predict(self, inputs: Tensors) -> Tensors:
-        """Answer a batch: same rows, same order. Arrays are the caller's to keep. May raise anything the model does."""
+        """Answer a batch: same rows, same order. May raise anything the model does.
+
+        The arrays answered are the caller's to keep. The inputs stay as they were, whatever happens: a batch that fails
+        is predicted again in halves.
+        """
 
     def close(self) -> None:
         """Free the device. Idempotent."""
@@ -129,8 +133,8 @@ class Group:
     Attributes:
         positions: Their places in the chunk, ascending.
         rows: Rows of each request, at least 1.
-        columns: One array per model input, axis 0 of length sum(rows), C order, the signature's dtype, aligned. A raw
-            tensor that makes up a group alone may be a read-only view of its message.
+        columns: One array per model input, axis 0 of length sum(rows), C order, the signature's dtype. A raw tensor
+            that makes up a group alone may be a read-only view of its message, and then lies wherever it lies there.
         asks: What `encode` needs to know of each request, or None where nothing special was asked. Opaque to others.
         lane: Equal for groups that may share a batch: the trailing shapes of the inputs.
     """

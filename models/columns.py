@@ -357,7 +357,7 @@ UNUSUAL = (InvalidRequest, struct.error, AttributeError, LookupError, OverflowEr
 def _column(spec: TensorSpec, parts: Sequence[Part], shape: tuple[int, ...]) -> Array:
     """Parts laid end to end as one array of the signature's dtype.
 
-    A single raw tensor that lies aligned in its message is not copied: the array is a read-only view of it.
+    A single raw tensor is not copied: the array is a read-only view of its message, aligned or not.
     """
     if spec.datatype == "BYTES":
         objects = np.empty(prod(shape), object)
@@ -365,9 +365,7 @@ def _column(spec: TensorSpec, parts: Sequence[Part], shape: tuple[int, ...]) -> 
         return objects.reshape(shape)
     if len(parts) > 1 or type(parts[0]) is bytes:
         return np.ndarray(shape, spec.dtype, bytearray().join(cast("Sequence[bytes]", parts)))
-    array: Array = np.ndarray(shape, spec.dtype, cast("memoryview", parts[0]))
-    # Native code may count on alignment; a client that pads its JSON with spaces saves this copy.
-    return array if array.flags.aligned else array.copy()
+    return np.ndarray(shape, spec.dtype, cast("memoryview", parts[0]))
 
 
 def raw_elements(spec: TensorSpec, raw: memoryview, count: int) -> Part:

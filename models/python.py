@@ -75,9 +75,8 @@ class PythonExecutor:
         """What the model answers, unchecked. Raises whatever it raises."""
         if self._model is None:
             raise RuntimeError("predict before load")
-        # A raw tensor may be a view of the message; a model that works in place must not fail on those alone.
-        own = {name: array if array.flags.writeable else array.copy() for name, array in inputs.items()}
-        return self._model.predict(own)
+        # A model may work in place, and a batch that fails is predicted again in halves: from the same numbers.
+        return self._model.predict({name: array.copy() for name, array in inputs.items()})
 
     def close(self) -> None:
         """Forget the model. Idempotent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -70,6 +71,19 @@ def test_bytes_limit_a_batch_like_rows_do() -> None:
     while (batch := batcher.take(0.0, idle=True)) is not None:
         sizes.append(batch.total_rows)
     assert sizes == [3, 3, 1]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_batch_is_aligned_wherever_its_one_request_lay_in_its_message(shift: int) -> None:
+    message = bytes(shift) + np.arange(6, dtype=np.float32).tobytes()
+    alone = piece([1])
+    alone.columns = {"x": np.frombuffer(message, np.float32, offset=shift).reshape(1, 6)}
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    batcher.put("lane", alone)
+    batch = batcher.take(0.0, idle=True)
+    assert batch is not None
+    assert batch.inputs["x"].flags.aligned
+    assert batch.inputs["x"].tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
 def test_unlike_requests_never_share_a_batch() -> None:

@@ -420,7 +420,7 @@ def one_input_signature(datatype: str, shape: tuple[int, ...]) -> Signature:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_large_raw_tensor_is_copied_only_where_it_must_be(count: int) -> None:
+def test_a_large_raw_tensor_is_not_copied(count: int) -> None:
     x = np.random.default_rng(0).random((256, 64), np.float32)
     body, ((name, length),) = raw_request(x.tobytes(), x.nbytes, shape=[256, 64])
     head = body[: int(length)]
@@ -429,9 +429,10 @@ def test_a_large_raw_tensor_is_copied_only_where_it_must_be(count: int) -> None:
     column = the_input(v2(ONE), body, ((name, b"%d" % len(head)),))
     assert np.array_equal(column, x)
     assert np.shares_memory(column, np.frombuffer(body, np.uint8))
-    odd = the_input(v2(ONE), head + b" " + x.tobytes(), ((name, b"%d" % (len(head) + 1)),))
+    unaligned = head + b" " + x.tobytes()
+    odd = the_input(v2(ONE), unaligned, ((name, b"%d" % (len(head) + 1)),))
     assert np.array_equal(odd, x)
-    assert odd.flags.aligned
+    assert np.shares_memory(odd, np.frombuffer(unaligned, np.uint8))
     groups = v2(ONE).decode([body] * count, [((name, b"%d" % len(head)),)] * count).groups
     # One group each: only the batch is stacked, or every tensor would be copied twice.
     assert [position for group in groups for position in group.positions] == list(range(count))

@@ -242,6 +242,23 @@ def test_a_revocation_drains_what_is_in_flight_before_the_partition_goes(kafka: 
 
 
 @pytest.mark.broker
+def test_what_the_client_hands_over_once_more_is_not_served_again(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(1), kafka.topic(1))
+    for i in range(20):
+        place.publish(b"%d" % i)
+    source = place.source()
+    with opened(source):
+        messages = receive(source, 20)
+        assert source._consumer is not None
+        # As around a rebalance of the new group protocol, where a fetch under way is not thrown away.
+        source._consumer.seek(TopicPartition(place.requests, 0, 15))
+        place.publish(b"20")
+        messages += receive(source, 1)
+        assert [m.body for m in messages] == [b"%d" % i for i in range(21)]
+        settle(source, messages)
+
+
+@pytest.mark.broker
 def test_a_batch_the_client_cannot_read_is_skipped_offset_by_offset(kafka: Kafka) -> None:
     topic = kafka.topic(partitions=1, **{"max.message.bytes": "8000000"})
     place = KafkaPlace(kafka.brokers, topic, topic)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,32 @@ def test_a_system_that_does_not_tell_is_never_over_the_limit(tmp_path: Path) -> 
     memory = Memory(root=tmp_path)
     assert memory.resident() is None
     assert not memory.over_limit()
+
+
+FAULTS = """
+import resource, sys
+from collections import deque
+from inferbus.worker.memory import keep_freed
+if sys.argv[1:]:
+    assert keep_freed(64 * 2**20)
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def serve(times):
+    for _ in range(times):
+        waiting = [bytes(600_000) for _ in range(16)]
+        for n in range(16):
+            waiting[n] = None
+serve(3)
+before = pages()
+serve(20)
+print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
+    given_back, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, *how], capture_output=True, check=True).stdout)  # noqa: S603 - our own
+        for how in ([], ["keep"])
+    )
+    assert kept < 1000 < given_back

@@ -145,13 +145,17 @@ def test_a_model_without_a_signature_is_refused(tmp_path: Path) -> None:
         PythonExecutor(tmp_path / "model.py", "tiny", "1", signature=Signature((), ()))
 
 
-def test_a_model_that_works_in_place_may_do_so_on_raw_tensors_too(tmp_path: Path) -> None:
+def test_a_model_that_works_in_place_leaves_the_batch_as_it_was_even_when_it_fails(tmp_path: Path) -> None:
     source = (
-        "from inferbus.models import Model\n\n\nclass InPlace(Model):\n"
-        "    def predict(self, inputs):\n        inputs['x'] *= 2\n        return {'y': inputs['x']}\n"
+        "from inferbus.models import Model\n\n\nclass InPlace(Model):\n    def predict(self, inputs):\n"
+        "        inputs['x'] *= 2\n        assert inputs['x'].max() < 9\n        return {'y': inputs['x']}\n"
     )
-    executor = PythonExecutor(tiny_models.python_model(tmp_path, source), "m", "1", signature=SIGNATURE)
+    executor = made(tmp_path, source)
     executor.load()
-    view = np.frombuffer(np.ones(6, np.float32).tobytes(), np.float32).reshape(2, 3)
+    view = np.frombuffer(np.ones(6, np.float32).tobytes(), np.float32).reshape(2, 3)  # as of a raw tensor: read-only
     assert executor.predict({"x": view})["y"].tolist() == [[2.0] * 3] * 2
+    poison = {"x": np.array([[1, 1, 1], [5, 5, 5]], np.float32)}
+    with pytest.raises(AssertionError):
+        executor.predict(poison)
+    assert poison["x"].tolist() == [[1, 1, 1], [5, 5, 5]]
     executor.close()

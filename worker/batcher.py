@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from inferbus.connectors.base import Message
-from inferbus.models.base import Tensors
+from inferbus.models.base import Array, Tensors
 
 PATIENCE = 1.0  # seconds after which a request without a deadline is as urgent as one whose deadline is now
 
@@ -242,9 +242,7 @@ class Batcher:
                 heapq.heappop(lane.heap)
         if lane.heap:
             lane.oldest = min(piece.arrived for _, _, piece in lane.heap)
-        batch.inputs = stacks[0]
-        if len(stacks) > 1:
-            batch.inputs = {name: np.concatenate([stack[name] for stack in stacks]) for name in stacks[0]}
+        batch.inputs = {name: _stack([stack[name] for stack in stacks]) for name in stacks[0]}
         return batch
 
     def _fits(self, piece: Piece, room: int, size: float, *, first: bool) -> tuple[int, int]:
@@ -313,3 +311,9 @@ class Batcher:
             waiting = [lane.oldest for lane in self._lanes.values() if lane.heap]
             at = min([at, *(oldest + self._max_delay for oldest in waiting)])
         return at
+
+
+def _stack(columns: list[Array]) -> Array:
+    """Columns laid end to end; one alone is copied only where it is not aligned, on which native code may count."""
+    alone = len(columns) == 1 and columns[0].flags.aligned
+    return columns[0] if alone else np.concatenate(columns)

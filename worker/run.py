@@ -19,7 +19,7 @@ import structlog
 from inferbus.connectors.base import Unavailable
 from inferbus.worker import build, logs
 from inferbus.worker.http import Listener
-from inferbus.worker.memory import Memory
+from inferbus.worker.memory import Memory, keep_freed
 from inferbus.worker.metrics import Metrics
 from inferbus.worker.pipeline import Pipeline
 from inferbus.worker.progress import ProgressLine
@@ -122,6 +122,7 @@ def run(settings: PipelineSettings, *, workers: int = 1, until_idle: float | Non
     child = child_index()
     if workers > 1 and child is None:
         return supervise(sys.argv[1:], workers, settings.http, until_idle, log)
+    keep_freed(settings.flow.max_inflight_bytes)
     metrics = Metrics()
     pipeline = build.pipeline(settings, metrics, child)
     watch = Watch(settings, pipeline, until_idle, ProgressLine(metrics, screen))
