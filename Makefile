@@ -27,6 +27,7 @@ test: lint
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	MYPYPATH=$(VENV)/types $(BIN)/mypy $(CHECKED)
 
 soak: $(VENV)/installed

@@ -33,8 +33,14 @@ def main() -> None:
     name = session.get_inputs()[0].name
     dtype = {"tensor(float)": "<f4", "tensor(int32)": "<i4"}[session.get_inputs()[0].type]
     outputs = [o.name for o in session.get_outputs()]
-    consumer = Consumer({"bootstrap.servers": args.brokers, "group.id": args.group, "auto.offset.reset": "earliest",
-                         "enable.auto.commit": False})
+    consumer = Consumer(
+        {
+            "bootstrap.servers": args.brokers,
+            "group.id": args.group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+        }
+    )
     consumer.subscribe([args.source])
     producer = Producer({"bootstrap.servers": args.brokers, "acks": "all"})
     left = args.messages

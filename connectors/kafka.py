@@ -214,9 +214,7 @@ class KafkaSource:
         self._consumer = consumer
         self._watcher = Clerk(self._bell)
         self._parking = Parking(lambda: self._park(consumer), self._bell)
-        consumer.subscribe(
-            [self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-        )
+        consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     def close(self) -> None:
         """Commit what is settled, then leave the group: after leaving, the generation may be gone."""
@@ -711,9 +709,7 @@ class KafkaSink:
     request and its outcome stay together; else the key decides, as Java producers do.
     """
 
-    def __init__(
-        self, topic: str, client: KafkaClient, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, topic: str, client: KafkaClient, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = f"kafka:{topic}"
         self._topic = topic
         self._client = client

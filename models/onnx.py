@@ -62,12 +62,8 @@ class OnnxOptions(BaseModel):
         default=False,  # on burnt 0.7 of a CPU at 20 requests a second; off costs a lone request 0.2 ms
         description="Let waiting threads burn CPU for lower latency, where the CPUs are this worker's alone.",
     )
-    session: dict[str, Setting] = Field(
-        default={}, description="onnxruntime session configuration entries, by key."
-    )
-    provider: dict[str, Setting] = Field(
-        default={}, description="Options of the CUDA execution provider, by key."
-    )
+    session: dict[str, Setting] = Field(default={}, description="onnxruntime session configuration entries, by key.")
+    provider: dict[str, Setting] = Field(default={}, description="Options of the CUDA execution provider, by key.")
 
 
 class OnnxExecutor:

@@ -45,9 +45,7 @@ def check_files(model: Path) -> None:
             raise ValueError(f"external file {location!r} leaves the model's folder")
         status = _check_regular(path, f"external file {location!r}")
         if status.st_nlink > 1:
-            raise ValueError(
-                f"external file {location!r} is a hard link and may be any file: copy it instead"
-            )
+            raise ValueError(f"external file {location!r} is a hard link and may be any file: copy it instead")
 
 
 def _check_regular(path: Path, what: str) -> os.stat_result:

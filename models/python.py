@@ -31,9 +31,7 @@ class PythonExecutor:
         info: Who answers, for outcomes and metrics.
     """
 
-    def __init__(
-        self, path: Path, name: str, version: str, *, signature: Signature, device: str = "cpu"
-    ) -> None:
+    def __init__(self, path: Path, name: str, version: str, *, signature: Signature, device: str = "cpu") -> None:
         """The file is read in `load`.
 
         Args:

@@ -47,9 +47,7 @@ class TensorSettings(_Frozen):
     """One input or output in model.yaml."""
 
     name: str = Field(min_length=1, description="The tensor's name in the model.")
-    datatype: Annotated[str, AfterValidator(_known_datatype)] = Field(
-        description="Open Inference Protocol datatype."
-    )
+    datatype: Annotated[str, AfterValidator(_known_datatype)] = Field(description="Open Inference Protocol datatype.")
     shape: Annotated[tuple[int, ...], AfterValidator(_batch_first)] = Field(
         description="Sizes by axis; -1 is the batch axis, and any other size that is free."
     )
@@ -129,9 +127,7 @@ def locate(model: str | Mapping[str, object], repository: Path | None = None) ->
     if is_file:
         return _plain(Path(given), executor)
     if repository is None:
-        raise InvalidModel(
-            f"model: {str(given)!r} is a name and no `repository` is set; set one, or give a file"
-        )
+        raise InvalidModel(f"model: {str(given)!r} is a name and no `repository` is set; set one, or give a file")
     return _stored(str(given), repository, executor)
 
 
@@ -171,10 +167,7 @@ def executors(
         ]
     if options:
         raise InvalidModel(f"options.{next(iter(options))}: the python executor has no options")
-    return [
-        PythonExecutor(artefact.path, name, version, signature=signature, device=device)
-        for _ in range(replicas)
-    ]
+    return [PythonExecutor(artefact.path, name, version, signature=signature, device=device) for _ in range(replicas)]
 
 
 def _plain(path: Path, executor: object) -> Artefact:

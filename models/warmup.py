@@ -9,9 +9,7 @@ import numpy as np
 from inferbus.models.base import Array, InvalidModel, Signature, Tensors, TensorSpec
 
 
-def warm_up_input(
-    signature: Signature, rows: int, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> Tensors:
+def warm_up_input(signature: Signature, rows: int, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Tensors:
     """Zeros, or "" for BYTES, of `rows` rows for every input; free sizes are 1 unless `shapes` says more.
 
     Args:

@@ -103,8 +103,10 @@ def records(count: int) -> Records:
         messages,
         [m.key for m in messages],
         [b'{"n": %d}' % i for i in range(count)],
-        [[("inferbus-id", m.id.encode()), ("twice", b"1"), ("twice", b"2"), ("raw", bytes(range(256)))]
-         for m in messages],
+        [
+            [("inferbus-id", m.id.encode()), ("twice", b"1"), ("twice", b"2"), ("raw", bytes(range(256)))]
+            for m in messages
+        ],
     )
 
 

@@ -51,9 +51,7 @@ class ExecutorContract:
         executor.close()
 
     @pytest.mark.parametrize("rows", [1, 2, 3, 7, 31, 257])
-    def test_as_many_rows_come_out_as_went_in_and_as_the_signature_says(
-        self, executor: Executor, rows: int
-    ) -> None:
+    def test_as_many_rows_come_out_as_went_in_and_as_the_signature_says(self, executor: Executor, rows: int) -> None:
         outputs = executor.predict(self.inputs(rows))
         assert list(outputs) == [spec.name for spec in executor.signature.outputs]
         for spec in executor.signature.outputs:

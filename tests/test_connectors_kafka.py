@@ -263,10 +263,16 @@ def test_a_batch_the_client_cannot_read_is_skipped_offset_by_offset(kafka: Kafka
     topic = kafka.topic(partitions=1, **{"max.message.bytes": "8000000"})
     place = KafkaPlace(kafka.brokers, topic, topic)
     place.publish(b"before")
-    bomb = Producer({
-        "bootstrap.servers": kafka.brokers, "compression.type": "zstd", "linger.ms": 500, "batch.num.messages": 7,
-        "message.max.bytes": 8_000_000, "batch.size": 64_000_000,
-    })
+    bomb = Producer(
+        {
+            "bootstrap.servers": kafka.brokers,
+            "compression.type": "zstd",
+            "linger.ms": 500,
+            "batch.num.messages": 7,
+            "message.max.bytes": 8_000_000,
+            "batch.size": 64_000_000,
+        }
+    )
     for _ in range(7):
         bomb.produce(topic, b"\0" * 3_000_000)
     assert bomb.flush(PATIENCE) == 0

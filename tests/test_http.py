@@ -17,9 +17,7 @@ from inferbus.worker.http import MAX_CONNECTIONS, Listener, PortBusy
 
 
 @contextmanager
-def listening(
-    *, live: tuple[str, ...] = (), ready: tuple[str, ...] = (), patience: float = 10.0
-) -> Iterator[int]:
+def listening(*, live: tuple[str, ...] = (), ready: tuple[str, ...] = (), patience: float = 10.0) -> Iterator[int]:
     listener = Listener(
         "127.0.0.1",
         0,
@@ -195,9 +193,7 @@ def test_the_address_is_logged_unless_it_is_private() -> None:
         public = Listener("127.0.0.1", 0, **pages)
         Listener("127.0.0.1", 0, **pages, public=False).close()
         public.close()
-    assert logs == [
-        {"event": "http_listening", "log_level": "info", "host": "127.0.0.1", "port": public.port}
-    ]
+    assert logs == [{"event": "http_listening", "log_level": "info", "host": "127.0.0.1", "port": public.port}]
 
 
 def test_ipv6_works_where_the_machine_has_it() -> None:

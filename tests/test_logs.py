@@ -105,9 +105,7 @@ def test_a_secret_appears_nowhere_however_deep_it_lies(form: str) -> None:
     stream = io.StringIO()
     configure(Screen(stream), hide, environ={"INFERBUS_LOG": form})
     log = structlog.get_logger()
-    log.warning(
-        "login as s3cret", url="kafka://u:s3cret@b", config={"a": ["s3cret", {"s3cret": ("s3cret",)}]}
-    )
+    log.warning("login as s3cret", url="kafka://u:s3cret@b", config={"a": ["s3cret", {"s3cret": ("s3cret",)}]})
     log.warning("refused", error=ValueError("password s3cret is wrong"), raw=b"s3cret")
     log.error("bug", exc_info=failure(RuntimeError("s3cret")))
     logging.getLogger("library").error("connecting with %s", "s3cret")

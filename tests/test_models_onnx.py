@@ -93,9 +93,7 @@ def test_the_signature_is_the_files(tmp_path: Path) -> None:
 
 def test_free_sizes_are_minus_one_whether_named_or_not(tmp_path: Path) -> None:
     shape = ["batch", "length", None, 4]
-    path = tiny_models.copying(
-        tmp_path / "m.onnx", tiny_models.floats("x", shape), tiny_models.floats("y", shape)
-    )
+    path = tiny_models.copying(tmp_path / "m.onnx", tiny_models.floats("x", shape), tiny_models.floats("y", shape))
     assert opened(path).signature.inputs[0].shape == (-1, -1, -1, 4)
 
 
@@ -179,9 +177,7 @@ def test_a_shape_the_file_leaves_open_must_be_declared(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_declaration_that_contradicts_the_file_is_refused(
-    tmp_path: Path, declared: Signature, reason: str
-) -> None:
+def test_a_declaration_that_contradicts_the_file_is_refused(tmp_path: Path, declared: Signature, reason: str) -> None:
     assert reason in refused(squeezing(tmp_path / "m.onnx"), declared=declared)
 
 
@@ -366,15 +362,11 @@ def test_session_entries_are_handed_on(tmp_path: Path) -> None:
         ({"provider": {"gpu_mem_limit": 1}}, "options.provider: the cpu device has no provider options"),
     ],
 )
-def test_a_wrong_option_is_refused_by_name(
-    tmp_path: Path, options: Mapping[str, object], reason: str
-) -> None:
+def test_a_wrong_option_is_refused_by_name(tmp_path: Path, options: Mapping[str, object], reason: str) -> None:
     assert reason in refused(tiny_models.linear(tmp_path / "m.onnx"), options=options)
 
 
-def test_a_missing_onnxruntime_is_one_line_with_the_cure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_onnxruntime_is_one_line_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     line = refused(tiny_models.linear(tmp_path / "m.onnx"))
     assert line == "ONNX models need onnxruntime: pip install 'inferbus[onnx]'"
@@ -385,9 +377,7 @@ def test_importing_the_executor_does_not_load_onnxruntime() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
 
 
-def test_a_failing_batch_writes_nothing_to_stdout_or_stderr(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_batch_writes_nothing_to_stdout_or_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     executor = opened(tiny_models.lookup(tmp_path / "m.onnx"))
     with pytest.raises(Exception, match="out of data bounds"):
         executor.predict({"row": np.array([9])})

@@ -87,9 +87,7 @@ def test_the_module_knows_its_own_file_and_classes_find_their_module(tmp_path: P
 
 
 def test_load_is_optional(tmp_path: Path) -> None:
-    source = tiny_models.DOUBLING.replace(
-        "    def load(self):\n        self.factor = 2\n", "    factor = 2\n"
-    )
+    source = tiny_models.DOUBLING.replace("    def load(self):\n        self.factor = 2\n", "    factor = 2\n")
     executor = made(tmp_path, source)
     executor.load()
     assert executor.predict(ONES)["y"].tolist() == [[2, 2, 2], [2, 2, 2]]

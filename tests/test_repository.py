@@ -66,9 +66,7 @@ class TestPlainFiles:
         artefact = locate(str(tiny_models.linear(tmp_path / "digits.onnx")))
         assert artefact.settings.inputs == ()
 
-    def test_a_misspelt_file_is_refused_with_the_nearest(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_misspelt_file_is_refused_with_the_nearest(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tiny_models.linear(tmp_path / "digits.onnx")
         monkeypatch.chdir(tmp_path)
         assert refused("digts.onnx") == "model: no file 'digts.onnx'; did you mean 'digits.onnx'?"
@@ -174,9 +172,7 @@ class TestVersionFolders:
         (repository / "fraud/1/model.safetensors").touch()
         assert refused("fraud", repository).endswith("torch models are not available yet")
 
-    @pytest.mark.parametrize(
-        "linked", ["digits", "digits/10", "digits/10/model.onnx", "digits/10/model.yaml"]
-    )
+    @pytest.mark.parametrize("linked", ["digits", "digits/10", "digits/10/model.onnx", "digits/10/model.yaml"])
     def test_a_link_out_of_the_repository_is_refused(self, repository: Path, linked: str) -> None:
         (repository / "digits/10/model.yaml").touch()
         inside, outside = repository / linked, repository.parent / "outside"
@@ -244,9 +240,7 @@ class TestModelYaml:
             ("just words", "10/model.yaml: expected `key: value` lines"),
         ],
     )
-    def test_what_is_wrong_in_it_is_refused_by_name(
-        self, repository: Path, yaml: Path, text: str, reason: str
-    ) -> None:
+    def test_what_is_wrong_in_it_is_refused_by_name(self, repository: Path, yaml: Path, text: str, reason: str) -> None:
         yaml.write_text(text + "\n")
         assert reason in refused("digits", repository)
 

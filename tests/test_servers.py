@@ -60,9 +60,7 @@ def test_a_killed_kafka_comes_back_on_its_port_with_its_messages(restartable_kaf
     assert read(restartable_kafka, topic, 1) == [b"kept"]
 
 
-def test_without_java_the_error_names_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_java_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(servers.NotInstalledError, match=r"`java` is not on PATH: install it"):

@@ -34,9 +34,7 @@ def floats(name: str, shape: Sequence[int | str | None] | None) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
-def linear(
-    path: Path, features: int = 64, classes: int = 10, seed: int = 0, external: str | None = None
-) -> Path:
+def linear(path: Path, features: int = 64, classes: int = 10, seed: int = 0, external: str | None = None) -> Path:
     """`x` FP32 [-1, features] -> `probabilities` FP32 [-1, classes], `label` INT64 [-1]."""
     weights = np.random.default_rng(seed).normal(size=(features, classes)).astype(np.float32)
     return save(

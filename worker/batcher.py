@@ -228,9 +228,7 @@ class Batcher:
             batch.rows += piece.rows[piece.at : end]
             batch.asks += piece.asks[piece.at : end]
             batch.arrivals.append((piece.arrived, count))
-            stacks.append(
-                {name: column[piece.row : piece.row + rows] for name, column in piece.columns.items()}
-            )
+            stacks.append({name: column[piece.row : piece.row + rows] for name, column in piece.columns.items()})
             piece.at, piece.row = end, piece.row + rows
             room -= rows
             size -= rows * piece.row_bytes

@@ -96,9 +96,7 @@ class AtLeastOnce:
         clock: Callable[[], float],
     ) -> None:
         self._source = source
-        self._outlets = {
-            kind: [_Outlet(sink, deque()) for sink in several] for kind, several in sinks.items()
-        }
+        self._outlets = {kind: [_Outlet(sink, deque()) for sink in several] for kind, several in sinks.items()}
         self._all = list(itertools.chain(*self._outlets.values()))
         self._too_large = too_large
         self._settled = settled
@@ -121,9 +119,7 @@ class AtLeastOnce:
             return
         outlet.sink.write(records, lambda failures: self._written(outlet, outcomes, records, failures))
 
-    def _written(
-        self, outlet: _Outlet, outcomes: Outcomes, records: Records, failures: Sequence[Failure]
-    ) -> None:
+    def _written(self, outlet: _Outlet, outcomes: Outcomes, records: Records, failures: Sequence[Failure]) -> None:
         if not failures:
             outlet.backoff = 0.0
             self._confirm(outcomes)

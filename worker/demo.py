@@ -135,9 +135,7 @@ def _digits() -> list[Digit]:
 
 def _requests(digits: Sequence[Digit]) -> list[Request]:
     """A V2 request for each digit, and three that are malformed among them."""
-    requests = [
-        Request(f"digit-{n:04}", _body(f"digit-{n:04}", digit.pixels), digit) for n, digit in enumerate(digits)
-    ]
+    requests = [Request(f"digit-{n:04}", _body(f"digit-{n:04}", digit.pixels), digit) for n, digit in enumerate(digits)]
     pixels: list[Any] = list(digits[0].pixels)
     malformed = (
         _body("malformed-1", pixels)[:100],

@@ -71,17 +71,14 @@ class Listener:
             "/metrics": lambda: (HTTPStatus.OK, "text/plain; version=0.0.4; charset=utf-8", render()),
         }
         try:
-            family, _, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, address = found[0]
             self._server = _Server(family, address, pages, logger, patience)
         except OSError as error:
             raise PortBusy(_cure(host, port, error)) from error
         self.port: int = self._server.server_address[1]
         # The interval bounds how late `close` returns and how late an overdue connection is cut.
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="http", daemon=True
-        )
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="http", daemon=True)
         self._thread.start()
         if public:
             logger.info("http_listening", host=host, port=self.port)

@@ -143,9 +143,7 @@ class Metrics:
     """Everything one worker exposes. Seconds are float; counts are of messages unless they say rows."""
 
     def __init__(self) -> None:
-        self._received = _Counter(
-            "inferbus_messages_received_total", "Messages received from a source.", "source"
-        )
+        self._received = _Counter("inferbus_messages_received_total", "Messages received from a source.", "source")
         self._outcomes = _Counter(
             "inferbus_outcomes_total",
             "Messages settled, by outcome: ok or an error code.",
@@ -168,9 +166,7 @@ class Metrics:
         )
         self._messages = _Gauge("inferbus_inflight_messages", "Messages received and not yet settled.")
         self._bytes = _Gauge("inferbus_inflight_bytes", "Bytes of the messages received and not yet settled.")
-        self._lag = _Gauge(
-            "inferbus_source_lag", "Messages on the bus that this worker has yet to receive.", "source"
-        )
+        self._lag = _Gauge("inferbus_source_lag", "Messages on the bus that this worker has yet to receive.", "source")
         self._models = _Gauge(
             "inferbus_model_info",
             "The model being served; always 1.",

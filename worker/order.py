@@ -35,9 +35,7 @@ class KeyOrder:
         records = outcomes.records
         leaving: list[_Ready] = []
         arrivals = (at for at, count in outcomes.arrivals for _ in range(count))
-        for m, body, headers, arrived in zip(
-            records.messages, records.bodies, records.headers, arrivals, strict=True
-        ):
+        for m, body, headers, arrived in zip(records.messages, records.bodies, records.headers, arrivals, strict=True):
             ready: _Ready = (outcomes.kind, m, body, headers, arrived)
             if m.key is None:
                 leaving.append(ready)
@@ -76,9 +74,7 @@ class KeyOrder:
         return [
             Outcomes(
                 kind,
-                Records(
-                    [r[1] for r in run], [r[1].key for r in run], [r[2] for r in run], [r[3] for r in run]
-                ),
+                Records([r[1] for r in run], [r[1].key for r in run], [r[2] for r in run], [r[3] for r in run]),
                 [(r[4], 1) for r in run],
             )
             for kind, run in runs

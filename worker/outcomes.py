@@ -51,18 +51,14 @@ def predictions(
         formats: Per answer, the headers its encoding needs, `content-type` first.
         shared: Headers equal for the whole batch.
     """
-    headers = [
-        [("inferbus-id", m.id.encode()), *shared, *form] for m, form in zip(messages, formats, strict=True)
-    ]
+    headers = [[("inferbus-id", m.id.encode()), *shared, *form] for m, form in zip(messages, formats, strict=True)]
     for own, m in zip(headers, messages, strict=True):
         if m.headers:
             own += [h for h in m.headers if h[0] in CARRIED]
     return Records(messages, [m.key for m in messages], bodies, headers)
 
 
-def shared_headers(
-    info: ModelInfo, batch: str, rows: int, seconds: float, worker: str
-) -> list[tuple[str, bytes]]:
+def shared_headers(info: ModelInfo, batch: str, rows: int, seconds: float, worker: str) -> list[tuple[str, bytes]]:
     """The headers every prediction of a batch carries."""
     timing = {"batch": batch, "rows": rows, "predict_ms": round(seconds * 1000, 3), "worker": worker}
     return [

@@ -386,9 +386,7 @@ class Pipeline:
             if isinstance(m, Unreadable):
                 faults.append((m, "too_large", "receive", m.reason))
             elif len(m.body) > limit:
-                text = (
-                    f"the body has {len(m.body)} bytes, at most {limit} are allowed (flow.max_message_bytes)"
-                )
+                text = f"the body has {len(m.body)} bytes, at most {limit} are allowed (flow.max_message_bytes)"
                 faults.append((m, "too_large", "receive", text))
             else:
                 kept.append(m)
@@ -410,9 +408,7 @@ class Pipeline:
             kept.append(m)
         return kept
 
-    def _obey(
-        self, m: Message, found: dict[str, bytes], deadlines: dict[int, float], now: float
-    ) -> wire.Fault | None:
+    def _obey(self, m: Message, found: dict[str, bytes], deadlines: dict[int, float], now: float) -> wire.Fault | None:
         wanted = found.get("inferbus-model")
         if wanted and not self._serves(wanted.decode("utf-8", "replace")):
             return (
@@ -454,9 +450,7 @@ class Pipeline:
                 members = messages
             self._enqueue(members, group, deadlines, now)
 
-    def _enqueue(
-        self, messages: Sequence[Message], group: Group, deadlines: dict[int, float], now: float
-    ) -> None:
+    def _enqueue(self, messages: Sequence[Message], group: Group, deadlines: dict[int, float], now: float) -> None:
         if any(column.dtype.hasobject for column in group.columns.values()):
             row_bytes = sum(len(m.body) for m in messages) / sum(group.rows)
         else:
@@ -542,9 +536,7 @@ class Pipeline:
             if i not in batch.parts or batch.parts[i][0].fail("model_error", text)
         ]
 
-    def _publish_parts(
-        self, batch: Batch, start: int, share: Share, shared: Shared, faults: list[wire.Fault]
-    ) -> None:
+    def _publish_parts(self, batch: Batch, start: int, share: Share, shared: Shared, faults: list[wire.Fault]) -> None:
         """Requests one by one, of a share that begins at `start`: parts go to their assembly, the last completes it."""
         for i, own in enumerate(share.singly(), start):
             if i in batch.parts:

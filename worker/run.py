@@ -168,9 +168,7 @@ def drain(budget: float, pipeline: Pipeline, watch: Watch) -> None:
 
 
 @contextlib.contextmanager
-def listening(
-    settings: PipelineSettings, pipeline: Pipeline, metrics: Metrics, child: int | None
-) -> Iterator[None]:
+def listening(settings: PipelineSettings, pipeline: Pipeline, metrics: Metrics, child: int | None) -> Iterator[None]:
     """The HTTP listener, if there is one; a child's is for its parent alone."""
     if child is None and settings.http is None:
         yield

@@ -203,9 +203,7 @@ class _Crew:
     `run` is the main thread's; `live`, `ready` and `render` are called by the listener's threads.
     """
 
-    def __init__(
-        self, command: Sequence[str], count: int, bounded: bool, logger: FilteringBoundLogger
-    ) -> None:
+    def __init__(self, command: Sequence[str], count: int, bounded: bool, logger: FilteringBoundLogger) -> None:
         self._command = command
         self._bounded = bounded
         self._logger = logger
@@ -214,12 +212,8 @@ class _Crew:
         self._verdict: int | None = None
         self._selector = selectors.DefaultSelector()
         self._retired = ""  # the metrics of ended lives, added up
-        self._lock = (
-            threading.Lock()
-        )  # so that render counts the metrics of a life that ends once, never twice
-        self._pool = ThreadPoolExecutor(
-            2 * count, thread_name_prefix="ask"
-        )  # a slow scrape leaves room for a probe
+        self._lock = threading.Lock()  # so that render counts the metrics of a life that ends once, never twice
+        self._pool = ThreadPoolExecutor(2 * count, thread_name_prefix="ask")  # a slow scrape leaves room for a probe
 
     def run(self, signals: socket.socket) -> int:
         """Start the children, keep them running, and return when all have ended for good."""
@@ -287,9 +281,7 @@ class _Crew:
             child.life = None
             self._retired = parse_and_sum([], [self._retired, life.metrics]).decode()
         code = life.process.returncode
-        stopped_early = (
-            self._stopping and code == -signal.SIGTERM and life.port is None
-        )  # nothing to drain yet
+        stopped_early = self._stopping and code == -signal.SIGTERM and life.port is None  # nothing to drain yet
         child.code = 0 if stopped_early else 128 - code if code < 0 else code
         if self._stopping or (self._bounded and code == 0):
             self._logger.info("worker_ended", worker=child.index, code=child.code)

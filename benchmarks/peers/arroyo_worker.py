@@ -36,7 +36,9 @@ class Steps(ProcessingStrategyFactory[KafkaPayload]):
     """Batch, predict, unbatch, produce, commit."""
 
     def create_with_partitions(
-        self, commit: Commit, partitions: Mapping[Partition, int]  # noqa: ARG002 - arroyo's
+        self,
+        commit: Commit,
+        partitions: Mapping[Partition, int],  # noqa: ARG002 - arroyo's
     ) -> ProcessingStrategy[KafkaPayload]:
         """The chain; arroyo builds it anew at every assignment."""
         write = Produce(producer, Topic(args.sink), CommitOffsets(commit))
