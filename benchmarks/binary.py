@@ -23,7 +23,7 @@ LARGEST = 2**20
 
 def main() -> None:
     """Fill a topic, let both serve it, print and keep the rates."""
-    parser = arguments(__doc__, messages=2048, runs=5)
+    parser = arguments(__doc__, messages=6144, runs=5)
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of a batch, alike for both (default %(default)s)")
     args = parser.parse_args()
     began = os.getloadavg()

@@ -34,12 +34,13 @@ from inferbus.worker.order import KeyOrder
 log = structlog.get_logger("inferbus.pipeline")
 
 CHUNK = 1024  # messages asked for at once: enough that the cost of a chunk vanishes, few enough that devices start soon
-AHEAD = 0.01  # seconds of full batches queued at a device, for it to work on while the pipeline decodes
 CHUNK_BYTES = 8 * 2**20  # and about as many bytes
+AHEAD = 0.01  # seconds of full batches queued at a device, for it to work on while the pipeline decodes
+AHEAD_BYTES = 16 * 2**20  # and at most so many bytes of them, if that is a batch: memory in use fits no cache
 REST = 0.2  # seconds the pipeline sleeps at most
 ALIVE = 60.0  # seconds without a step after which the process reports itself dead
 
-SPARE = 4  # batches that wait for each device, beyond which nothing more is received
+SPARE = 4  # batches that wait for each device, or AHEAD_BYTES, beyond which nothing more is received
 
 CONTROL = frozenset({"inferbus-deadline-ms", "inferbus-timeout-ms", "inferbus-model"})
 
@@ -322,10 +323,10 @@ class Pipeline:
 
     def _stocked(self) -> bool:
         """Devices have batches waiting and to spare: more would only fill memory and be repeated after a crash."""
-        rows = len(self._batcher)
-        if rows < SPARE * self._limits.max_rows * len(self._devices):
+        rows, full = len(self._batcher), self._limits.max_rows * len(self._devices)
+        if rows < full:
             return False
-        return rows >= CHUNK or self._batcher.size() >= 2 * CHUNK_BYTES
+        return rows >= max(CHUNK, SPARE * full) or self._batcher.size() >= AHEAD_BYTES
 
     def _receive(self, now: float) -> bool:
         limit = self._credit()
@@ -509,7 +510,8 @@ class Pipeline:
     def _finish(self, answer: Answer) -> None:
         batch = answer.batch
         self._metrics.stage("predict", answer.seconds)
-        self._ahead = max(1, min(16, int(AHEAD / max(answer.seconds, 1e-6))))
+        size = sum(column.nbytes for column in batch.inputs.values())
+        self._ahead = max(1, min(16, int(AHEAD / max(answer.seconds, 1e-6)), AHEAD_BYTES // max(size, 1)))
         self._batches += 1
         shared = wire.shared_headers(
             self.info, f"{self.worker}-{self._batches}", batch.total_rows, answer.seconds, self.worker
