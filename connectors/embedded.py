@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from confluent_kafka import Producer
 
-from inferbus.connectors.kafka import REACH, new_client
+from inferbus.connectors.kafka_client import REACH, new_client
 
 
 @contextlib.contextmanager

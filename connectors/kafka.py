@@ -14,22 +14,19 @@ callback cannot be deferred, which is why everything it waits for works without 
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby, repeat
 from operator import itemgetter
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import orjson
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka import Message as Raw
-from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource
+from confluent_kafka.admin import AclOperation
 
 from inferbus.connectors.base import (
     Bell,
@@ -39,21 +36,35 @@ from inferbus.connectors.base import (
     Fatal,
     Headers,
     Message,
-    Misconfigured,
     Records,
-    TooLarge,
     Unavailable,
     Unreadable,
     resolve_id,
 )
 from inferbus.connectors.gaps import Gaps
+from inferbus.connectors.kafka_client import (
+    FENCED,
+    REACH,
+    UNREADABLE,
+    Config,
+    Trouble,
+    administrator,
+    consumer_config,
+    largest_batch,
+    may,
+    new_client,
+    producer_config,
+    reach_topic,
+    translated,
+    write_error,
+)
+from inferbus.connectors.kafka_probe import probing
 from inferbus.connectors.threads import Clerk, Parking
 
 DRAIN_BUDGET = 5.0  # seconds a revocation may wait: the whole group waits with it
 COMMIT_EVERY = 0.05  # seconds after the prefix moved; with a parked round, 0.1 at the latest
 PARK = 0.05  # seconds of one parked poll: how long a commit may wait for the client
 STARVED = 1.0  # seconds without credit until fetching is paused: a pause throws the prefetched away
-REACH = 5.0  # seconds a broker has to answer at start
 STASH = 64  # messages kept from polls made without credit
 WATCH_EVERY = 5.0  # seconds between looks for partitions that do not move
 STALLED = 60.0  # seconds assigned, behind, asked and not moving: then the client is built anew
@@ -61,66 +72,6 @@ STALLED = 60.0  # seconds assigned, behind, asked and not moving: then the clien
 # A receipt of this source is (Lease, offset).
 RECEIPT_LEASE: Callable[[Any], Lease] = itemgetter(0)
 RECEIPT_OFFSET: Callable[[Any], int] = itemgetter(1)
-
-Config = Mapping[str, Any]
-log = logging.getLogger("inferbus.kafka")
-# The client logs each failed connection, several a second; its error callback says the same, and `say` keeps it few.
-log.addFilter(lambda record: not record.getMessage().startswith("FAIL "))
-
-
-class Trouble:
-    """What a client's callbacks say: brokers away, refusals, errors; and the log lines that follow, kept few."""
-
-    def __init__(self, statistics: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
-        self.last: str | None = None
-        self.shut_out: str | None = None
-        self._statistics_of_topics = statistics
-        self._down: str | None = None
-        self._refused: str | None = None
-        self._said: dict[str, float] = {}
-
-    def callbacks(self) -> dict[str, Any]:
-        """Properties that make a client report here."""
-        return {
-            "error_cb": self.note,
-            "stats_cb": self._statistics,
-            "statistics.interval.ms": 1000,
-            "logger": log,
-        }
-
-    def note(self, error: KafkaError) -> None:
-        """An event of the client's."""
-        code, text = error.code(), NOISE.sub("", error.str())
-        if code == KafkaError._ALL_BROKERS_DOWN:
-            self._down = f"kafka: {self.shut_out or 'no broker is reachable'}"
-        else:
-            self.last = text  # that all are down tells less than why the last one is
-        if code in SHUT_OUT:
-            self.shut_out = f"{text}; check {SHUT_OUT[code]}"
-        elif code in REFUSED:
-            self._refused = f"kafka: {text}"
-        self.say(error.name(), text)
-
-    def say(self, kind: str, text: str) -> None:
-        """Log, at most once in half a minute for each kind."""
-        now = time.monotonic()
-        if now - self._said.get(kind, -1e9) > 30:
-            self._said[kind] = now
-            log.warning("%s: %s", kind, text)
-
-    def _statistics(self, text: str) -> None:
-        told = orjson.loads(text)
-        if any(broker["state"] == "UP" for broker in told["brokers"].values()):
-            self._down = self.shut_out = None
-        self._statistics_of_topics(told["topics"])
-
-    def clear_refusal(self) -> None:
-        """Messages flow, so whatever was refused is granted again."""
-        self._refused = None
-
-    def away(self) -> str | None:
-        """What keeps the cluster from us, or None."""
-        return self._refused or self._down
 
 
 class Revocation:
@@ -206,11 +157,12 @@ class KafkaSource:
         callbacks = self._trouble.callbacks() | {"on_commit": self._on_commit}
         consumer = new_client(Consumer, self._config | callbacks)
         try:
-            self._partitions = reach_topic(consumer, self._topic, self._trouble)
-            may(AclOperation.READ, self._config, consumer, self._topic, self._config["group.id"])
+            listed = reach_topic(consumer, self._topic, self._trouble)
+            may(AclOperation.READ, administrator(self._config, listed), self._topic, self._config["group.id"])
         except ConnectorError:
             consumer.close()
             raise
+        self._partitions = listed.partitions
         self._consumer = consumer
         self._watcher = Clerk(self._bell)
         self._parking = Parking(lambda: self._park(consumer), self._bell)
@@ -604,8 +556,12 @@ class KafkaSource:
 # The sink
 
 
-class KafkaClient:
-    """One producer, shared by the sinks of one cluster; after a fatal error the next one takes over."""
+class KafkaProducer:
+    """One producer, shared by the sinks of one cluster; after a fatal error the next one takes over.
+
+    Raises:
+        Misconfigured: A property cannot work.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = producer_config(config)
@@ -613,27 +569,32 @@ class KafkaClient:
         self.trouble = Trouble()
         self.pending: dict[_Write, None] = {}
         self.finished: deque[_Write] = deque()
+        self._connect()
 
     def open(self, bell: Bell) -> None:
-        """Start the producer for the first sink that opens."""
+        """Take another sink into the count of those that `close`."""
         self._open += 1
         if self._open == 1:
             self._bell = bell
-            self._start()
+            self._allow_parking()
 
-    def _start(self) -> None:
+    def _connect(self) -> None:
+        # It connects by itself from here on, while the model loads and the source opens.
+        self.producer = new_client(Producer, self.config | self.trouble.callbacks())
         self.fatal = False
-        self.producer = producer = new_client(Producer, self.config | self.trouble.callbacks())
+
+    def _allow_parking(self) -> None:
+        producer = self.producer
         # The pipeline rests, so nothing will join what is queued: flush, which ignores linger, instead of a poll.
         self._parking = Parking(lambda: producer.flush(PARK) == 0, self._bell)
 
-    def limit_batches(self, topic: str) -> None:
-        """Send no larger batch than the topic takes: it would refuse every record in it for the sake of one."""
-        limit = largest_batch(self.config, self.producer, topic)
+    def limit_batches(self, limit: float) -> None:
+        """Send no larger batch than a topic takes: it would refuse every record in it for the sake of one."""
         if limit < int(self.config.get("batch.size", 1_000_000)):
             self.config["batch.size"] = limit
             self._parking.close()
-            self._start()
+            self._connect()
+            self._allow_parking()
 
     def tick(self) -> None:
         """Serve delivery reports, then tell whoever wrote."""
@@ -648,7 +609,8 @@ class KafkaClient:
             self._parking.close()
             self.producer.purge()
             self.producer.flush(1.0)
-            self._start()
+            self._connect()
+            self._allow_parking()
 
     def finish(self, write: _Write) -> None:
         """All reports of a write are in; on whichever thread serves them."""
@@ -678,7 +640,7 @@ class _Write:
 
     __slots__ = ("client", "done", "failures", "left", "since")
 
-    def __init__(self, client: KafkaClient, left: int, done: Done, since: float) -> None:
+    def __init__(self, client: KafkaProducer, left: int, done: Done, since: float) -> None:
         self.client = client
         self.left = left
         self.done = done
@@ -709,7 +671,7 @@ class KafkaSink:
     request and its outcome stay together; else the key decides, as Java producers do.
     """
 
-    def __init__(self, topic: str, client: KafkaClient, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, topic: str, client: KafkaProducer, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = f"kafka:{topic}"
         self._topic = topic
         self._client = client
@@ -722,9 +684,11 @@ class KafkaSink:
         if not self._opened:
             self._client.open(bell)
             self._opened = True
-        self._partitions = reach_topic(self._client.producer, self._topic, self._client.trouble)
-        may(AclOperation.WRITE, self._client.config, self._client.producer, self._topic)
-        self._client.limit_batches(self._topic)
+        listed = reach_topic(self._client.producer, self._topic, self._client.trouble)
+        self._partitions = listed.partitions
+        admin = administrator(self._client.config, listed)
+        may(AclOperation.WRITE, admin, self._topic)
+        self._client.limit_batches(largest_batch(admin, self._topic))
 
     def write(self, records: Records, done: Done) -> None:
         """Hand all records to the client at once; `done` comes with the last delivery report."""
@@ -768,239 +732,3 @@ class KafkaSink:
         if self._opened and not self._closed:
             self._closed = True
             self._client.close(timeout)
-
-
-# Settings of the clients
-
-
-def consumer_config(config: Config, group: str, start: str, max_inflight: int, max_bytes: int) -> dict[str, Any]:
-    """Our defaults under the user's properties. Small prefetch, refilled at once: a backlog must not fill memory."""
-    defaults: dict[str, Any] = {
-        "group.id": group,
-        "auto.offset.reset": start,
-        "enable.auto.commit": False,
-        "enable.auto.offset.store": False,
-        "queued.min.messages": min(100_000, max(1000, 2 * max_inflight)),
-        "queued.max.messages.kbytes": max(1024, min(32 * 1024, max_bytes // 4096)),
-        "fetch.queue.backoff.ms": 5,  # at the default 1000 a small prefetch starves: 8,000 messages/s
-        "fetch.max.bytes": 16 * 2**20,
-        "client.id": "inferbus",
-        "log.connection.close": False,
-    }
-    if config.get("group.protocol") != "consumer":
-        defaults["partition.assignment.strategy"] = "cooperative-sticky"
-    merged = defaults | dict(config)
-    for forbidden in ("enable.auto.commit", "enable.auto.offset.store"):
-        if str(merged[forbidden]).lower() != "false":
-            raise Misconfigured(f"source.kafka.config.{forbidden} must stay false: offsets are committed by outcome")
-    return merged
-
-
-def producer_config(config: Config) -> dict[str, Any]:
-    """Our defaults under the user's properties: idempotent, acknowledged by all, never given up by the client."""
-    consumer_only = ("group.", "fetch.", "queued.", "auto.offset", "max.poll", "session.", "heartbeat.", "isolation.")
-    own = {k: v for k, v in config.items() if not k.startswith((*consumer_only, "partition.assignment"))}
-    defaults: dict[str, Any] = {
-        "acks": "all",
-        "enable.idempotence": True,
-        "linger.ms": 5,  # of a stream; once the pipeline has nothing else to do, it flushes
-        "message.timeout.ms": 0,  # the client retries in order and without doubles; giving up would cost both
-        "partitioner": "murmur2_random",  # where a Java producer would put the key
-        "client.id": "inferbus",
-        "log.connection.close": False,
-    }
-    return defaults | own
-
-
-def new_client(kind: type[Any], config: Config) -> Any:
-    """A client, or `Misconfigured` with librdkafka's own words about the property."""
-    try:
-        return kind(dict(config))
-    except (KafkaException, TypeError, ValueError) as error:
-        text = error.args[0].str() if isinstance(error, KafkaException) else str(error)
-        raise Misconfigured(f"kafka config: {text}") from None
-
-
-def reach_topic(client: Any, topic: str, trouble: Trouble) -> int:
-    """The topic's number of partitions.
-
-    Raises:
-        Unavailable: No broker answers, the topic is missing, or reading about it is forbidden.
-    """
-    try:
-        listed = client.list_topics(topic, timeout=REACH).topics[topic]
-    except KafkaException:
-        client.poll(0)  # serves the error callback, which knows more than the call
-        silence = f"no broker answered within {REACH:.0f} s ({trouble.last or 'check brokers and security.protocol'})"
-        raise Unavailable(f"kafka: {trouble.shut_out or silence}") from None
-    if listed.error is None:
-        return len(listed.partitions)
-    if listed.error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-        raise Unavailable(f'kafka: topic "{topic}" does not exist; create it, or correct the name')
-    if listed.error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
-        rights = "READ on it for a source, WRITE for a sink"
-        raise Unavailable(f'kafka: topic "{topic}" may not be used with these credentials; grant them {rights}')
-    raise Unavailable(f'kafka: topic "{topic}": {listed.error.str()}')
-
-
-def may(operation: AclOperation, config: Config, client: Any, topic: str, group: str | None = None) -> None:
-    """What may be seen, and not read or written, says so now, not with the first message.
-
-    Raises:
-        Unavailable: The broker lists our rights on the topic, or on the group, and `operation` is not among them.
-    """
-    admin = administrator(config, client, topic)
-    if admin is None:
-        return
-    ask = {"include_authorized_operations": True, "request_timeout": REACH}
-    asked = {f'topic "{topic}"': admin.describe_topics(TopicCollection([topic]), **ask)[topic]}
-    if group is not None:
-        asked[f'group "{group}"'] = admin.describe_consumer_groups([group], **ask)[group]
-    for name, answer in asked.items():
-        try:
-            rights = answer.result().authorized_operations
-            granted = not rights or operation in rights
-        except KafkaException as error:  # an old broker, or no coordinator yet: the first message will tell
-            granted = error.args[0].code() not in REFUSED
-        if not granted:
-            done = "read" if operation is AclOperation.READ else "written"
-            raise Unavailable(
-                f"kafka: {name} may not be {done} with these credentials; grant them {operation.name} on it"
-            )
-
-
-def administrator(config: Config, client: Any, topic: str) -> AdminClient | None:
-    """A client that asks about rights and settings; None for the embedded broker, which answers no such question."""
-    listed = client.list_topics(topic, timeout=REACH)
-    if listed.controller_id not in listed.brokers:
-        return None
-    return AdminClient({k: v for k, v in config.items() if k != "enable.idempotence"} | {"log_level": 0})
-
-
-def largest_batch(config: Config, client: Any, topic: str) -> float:
-    """Bytes of the largest batch the topic takes; infinity where the cluster does not tell us."""
-    admin = administrator(config, client, topic)
-    if admin is None:
-        return float("inf")
-    place = ConfigResource(ConfigResource.Type.TOPIC, topic)
-    try:
-        settings = admin.describe_configs([place], request_timeout=REACH)[place].result()
-    except KafkaException:  # not ours to see
-        return float("inf")
-    return int(settings["max.message.bytes"].value)
-
-
-@contextlib.contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Errors of the client as ours."""
-    try:
-        yield
-    except KafkaException as exception:
-        error = exception.args[0]
-        if error.fatal() or error.code() in FENCED:
-            raise Fatal(f"kafka: {doing}: {error.str()}") from None
-        raise Unavailable(f"kafka: {doing}: {error.str()}") from None
-
-
-FENCED = {KafkaError.FENCED_INSTANCE_ID, KafkaError._FATAL}
-UNREADABLE = {KafkaError._BAD_COMPRESSION, KafkaError._BAD_MSG}
-REFUSED = {
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-}
-# What is wrong when a broker is there and no connection comes about: the settings to look at.
-SHUT_OUT = {
-    KafkaError._AUTHENTICATION: "sasl.mechanism, sasl.username and sasl.password",
-    KafkaError._SSL: "ssl.ca.location, and that the broker's certificate names this host",
-}
-# What the client wraps around the reason: protocol, broker number, OpenSSL's codes, advice of its own, timing.
-NOISE = re.compile(
-    r"^\w+://|/(?:bootstrap|\d+)(?=: )|error:\w+:[^:]*:[^:]*:|: broker certificate could.*| \(after \d+ms in state.*"
-)
-
-
-def write_error(error: KafkaError) -> ConnectorError:
-    """Why one record was not written, in terms of what to do next."""
-    if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE):
-        return TooLarge(f"kafka: {error.str()}")
-    return Unavailable(f"kafka: {error.str()}")
-
-
-# Poison batches
-
-
-class Probe:
-    """A client outside the group that looks at offsets. Blocks; its methods raise `Unavailable` when nobody answers."""
-
-    def __init__(self, client: Consumer, *, earliest: bool) -> None:
-        self._client = client
-        self._earliest = earliest
-
-    def look(self, topic: str, partition: int, offset: int) -> tuple[str, int]:
-        """What a fetch at `offset` gives: `message`, `bad` or `end`, and at which offset."""
-        self._client.assign([TopicPartition(topic, partition, offset)])
-        until = time.monotonic() + 2 * REACH
-        while time.monotonic() < until:
-            m = self._client.poll(PARK)
-            if m is None:
-                continue
-            code = m.error() and m.error().code()
-            if code is None:
-                return "message", m.offset()
-            if code in UNREADABLE:
-                return "bad", m.offset()
-            if code == KafkaError._PARTITION_EOF:
-                return "end", m.offset()
-        raise Unavailable(f"kafka: {topic}/{partition} could not be read at offset {offset}")
-
-    def end_of_unreadable(self, topic: str, partition: int, first: int) -> int:
-        """One past the last offset of the unreadable batch that holds `first`.
-
-        Every fetch from inside the batch fails alike, so double the step until one does not, then halve.
-        """
-        bad, good, step = first, None, 1
-        while good is None:
-            found, at = self.look(topic, partition, bad + step)
-            if found == "bad":
-                bad, step = bad + step, step * 2
-            else:
-                good = min(at, bad + step)
-        while good - bad > 1:
-            middle = (bad + good) // 2
-            if self.look(topic, partition, middle)[0] == "bad":
-                bad = middle
-            else:
-                good = middle
-        return good
-
-    def readable_from(self, topic: str, partition: int, offset: int) -> int | None:
-        """The first offset at or after `offset` that holds a record; None when the partition ends before."""
-        with translated("look"):
-            _, end = self._client.get_watermark_offsets(TopicPartition(topic, partition), REACH)
-        if offset >= end:
-            return None
-        found, at = self.look(topic, partition, offset)
-        return None if found == "end" else at
-
-    def begin(self, topic: str, partition: int) -> int:
-        """Where the group would begin to read."""
-        place = TopicPartition(topic, partition)
-        with translated("look"):
-            committed: int = self._client.committed([place], REACH)[0].offset
-            low, end = self._client.get_watermark_offsets(place, REACH)
-        if committed >= 0:
-            return committed
-        return int(low if self._earliest else end)
-
-
-@contextlib.contextmanager
-def probing(config: Config) -> Iterator[Probe]:
-    """A `Probe` with the settings of a source."""
-    own = {k: v for k, v in config.items() if k != "group.instance.id"}
-    client = new_client(Consumer, own | {"enable.partition.eof": True, "queued.min.messages": 1, "logger": log})
-    try:
-        yield Probe(client, earliest=config.get("auto.offset.reset") in ("earliest", "smallest", "beginning"))
-    finally:
-        client.close()

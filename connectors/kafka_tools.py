@@ -14,7 +14,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, Topi
 from confluent_kafka import Message as Raw
 
 from inferbus.connectors.base import Headers, Message, Unavailable, resolve_id
-from inferbus.connectors.kafka import (
+from inferbus.connectors.kafka_client import (
     REACH,
     Config,
     Trouble,
@@ -64,7 +64,7 @@ class KafkaPublisher:
     def __enter__(self) -> Self:
         trouble = _Quiet()
         self._client = new_client(Producer, self._config | trouble.callbacks())
-        self.partitions = reach_topic(self._client, self._topic, trouble)
+        self.partitions = reach_topic(self._client, self._topic, trouble).partitions
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,7 +136,7 @@ class KafkaReader:
     def __enter__(self) -> Self:
         self._client = new_client(Consumer, self._config | self._trouble.callbacks())
         try:
-            self.partitions = reach_topic(self._client, self._topic, self._trouble)
+            self.partitions = reach_topic(self._client, self._topic, self._trouble).partitions
             with translated("read"):
                 spans = {p: self._span(p) for p in range(self.partitions)}
                 begin = 0 if self._at == "start" else 1
@@ -182,7 +182,7 @@ class KafkaReader:
                         yield self._message(raw)
                     if raw.offset() >= left[partition] - 1:
                         del left[partition]
-                elif raw.error().code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - its public name
+                elif raw.error().code() == KafkaError._PARTITION_EOF:
                     # The last offsets may be transaction markers, which are never delivered.
                     del left[partition]
             if patience <= 0:

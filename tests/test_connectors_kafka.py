@@ -12,7 +12,8 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from inferbus.connectors.base import Bell, Failure, Headers, Misconfigured, Source, Unavailable, Unreadable
-from inferbus.connectors.kafka import KafkaClient, KafkaSink, KafkaSource, consumer_config, producer_config
+from inferbus.connectors.kafka import KafkaProducer, KafkaSink, KafkaSource
+from inferbus.connectors.kafka_client import consumer_config, producer_config
 from tests.connector_contract import (
     PATIENCE,
     ConnectorContract,
@@ -45,7 +46,7 @@ class KafkaPlace(Place):
         return KafkaSource(self.requests, f"{self._group}-{group}", self.config, max_inflight=100)
 
     def sink(self) -> KafkaSink:
-        return KafkaSink(self.answers, KafkaClient({"bootstrap.servers": self.brokers}))
+        return KafkaSink(self.answers, KafkaProducer({"bootstrap.servers": self.brokers}))
 
     def seen(self) -> list[Seen]:
         reader = Consumer({"bootstrap.servers": self.brokers, "group.id": "reader", "enable.auto.commit": False})
@@ -334,7 +335,7 @@ def test_the_embedded_broker_carries_requests_and_outcomes(embedded: str) -> Non
 
 
 def test_wrong_brokers_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inferbus.connectors.kafka.REACH", 0.5)
+    monkeypatch.setattr("inferbus.connectors.kafka_client.REACH", 0.5)
     source = KafkaSource("t", "g", {"bootstrap.servers": "127.0.0.1:1"})
     with pytest.raises(Unavailable, match="no broker answered within"):
         source.open(Bell(), no_drain)

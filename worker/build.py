@@ -64,7 +64,7 @@ def connectors(settings: PipelineSettings, child: int | None = None) -> tuple[So
         Misconfigured: A client library is missing, or a setting cannot work.
     """
     try:
-        from inferbus.connectors.kafka import KafkaClient, KafkaSink, KafkaSource  # noqa: PLC0415 - an extra
+        from inferbus.connectors.kafka import KafkaProducer, KafkaSink, KafkaSource  # noqa: PLC0415 - an extra
     except ModuleNotFoundError:
         raise Misconfigured("kafka: the client is not installed: pip install 'inferbus[kafka]'") from None
     kafka = settings.source.kafka
@@ -79,12 +79,14 @@ def connectors(settings: PipelineSettings, child: int | None = None) -> tuple[So
         max_inflight=settings.flow.max_inflight,
         max_inflight_bytes=settings.flow.max_inflight_bytes,
     )
-    clients: dict[str, KafkaClient] = {}
+    clients: dict[str, KafkaProducer] = {}
 
     def sink(place: KafkaSinkSettings) -> Sink:
         cluster = {"bootstrap.servers": place.brokers, **place.config}
-        client = clients.setdefault(repr(sorted(cluster.items())), KafkaClient(cluster))
-        return KafkaSink(place.topic, client)
+        name = repr(sorted(cluster.items()))
+        if name not in clients:
+            clients[name] = KafkaProducer(cluster)
+        return KafkaSink(place.topic, clients[name])
 
     def several(places: Sequence[SinkSettings]) -> list[Sink]:
         return [sink(place.kafka) for place in places]

@@ -121,6 +121,7 @@ def run(settings: PipelineSettings, *, workers: int = 1, until_idle: float | Non
     logs.configure(screen, settings.redact)
     child = child_index()
     if workers > 1 and child is None:
+        gc.enable()
         return supervise(sys.argv[1:], workers, settings.http, until_idle, log)
     keep_freed(settings.flow.max_inflight_bytes)
     metrics = Metrics()
@@ -140,6 +141,7 @@ def serve(settings: PipelineSettings, pipeline: Pipeline, watch: Watch, metrics:
         gc.freeze()
         # The path of a message makes no cycles; at the default threshold collections took a tenth of its time.
         gc.set_threshold(100_000, 20, 100)
+        gc.enable()
         log.info(
             "ready",
             model=f"{pipeline.info.name}@{pipeline.info.version}",
