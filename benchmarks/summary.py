@@ -37,7 +37,7 @@ def main() -> None:
               f"Python {machine['python']}, {versions}."]  # fmt: skip
     readme = HERE / "README.md"
     table = "\n".join(lines)
-    text = re.sub(r"(<!-- results -->\n).*(\n<!-- end -->)", rf"\1{table}\2", readme.read_text(), flags=re.DOTALL)
+    text = re.sub(r"(<!-- results -->\n).*(<!-- end -->)", rf"\1{table}\n\2", readme.read_text(), flags=re.DOTALL)
     readme.write_text(text)
     print(table)
 
