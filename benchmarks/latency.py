@@ -4,7 +4,7 @@
 
 First 500 requests a second against Inferbus and the bare one-message loop (bare_one.py) in alternating turns. Then
 Inferbus alone at 20 % and 70 % of what it can serve beside the same generator and reader, which take their part of the
-machine.
+machine; and at the same rates the bus alone, the requests read where they were written: nothing can be faster.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Lane:
         self.bus, self.folder = bus, folder
         self.port = free_port()
         self.source, self.sink, self.errors = bus.topic(), bus.topic(), bus.topic()
+        self.answers = self.sink
         group = f"bench-{uuid.uuid4().hex[:8]}"
         self.job = Job(bus.brokers, self.source, self.sink, self.errors, group, model, 0, 256, False, 2**20, folder)
 
@@ -66,17 +67,22 @@ class Lane:
         return [sys.executable, HERE / "bare_one.py", "--brokers", job.brokers, "--source", job.source,
                 "--sink", job.sink, "--group", job.group, "--model", job.model]  # fmt: skip
 
+    def nobody(self) -> Sequence[str | Path]:
+        """No worker: the requests themselves are read."""
+        self.answers = self.source
+        return [sys.executable, "-c", "import time; time.sleep(3600)"]
+
     def turn(self, command: Sequence[str | Path], rate: float, seconds: float) -> dict[str, Any]:
         """Offer so many requests a second; latencies in milliseconds, and what the worker says of its batches."""
         server = self.bus.server
         neighbours = Neighbours(*([server.pid] if server else []))
         with Child(command) as worker:
             self.bus.fill(self.source, 1, json_requests())
-            self._await(lambda: self.bus.count(self.sink), worker, 60.0)
+            self._await(lambda: self.bus.count(self.answers), worker, 60.0)
             before = self._batches()
             count, file = int(rate * seconds), self.folder / f"{uuid.uuid4().hex}.npy"
             load = [sys.executable, "-m", "benchmarks.load"]
-            with Child([*load, "read", self.bus.brokers, self.sink, str(count + 1), file]) as reader:
+            with Child([*load, "read", self.bus.brokers, self.answers, str(count + 1), file]) as reader:
                 self._await(lambda: "ready" in reader.log(), reader, 30.0)
                 with Child([*load, "write", self.bus.brokers, self.source, str(rate), str(count)]) as writer:
                     self._await(reader.ended, worker, seconds + 90.0)
@@ -146,7 +152,8 @@ def main() -> None:
             await_quiet()
             lane = Lane(bus, model, folder)
             try:
-                return lane.turn(lane.bare() if name == "bare" else lane.inferbus(), rate, seconds)
+                worker = {"bare": lane.bare, "inferbus": lane.inferbus, "bus alone": lane.nobody}[name]
+                return lane.turn(worker(), rate, seconds)
             finally:
                 lane.close()
 
@@ -162,13 +169,14 @@ def main() -> None:
         print(f"  serves {capacity:,} requests/s beside generator and reader", flush=True)
         for share in (20, 70):
             rate = round(capacity * share / 100)
-            loaded[f"{share} %"] = {"rate": rate, **turn("inferbus", rate, args.seconds)}
+            for name in ("bus alone", "inferbus"):
+                loaded[f"{name}, {share} %"] = {"rate": rate, **turn(name, rate, args.seconds)}
     heads = ("p50", "p99", "p99.9")
     medians = {name: {head: median(t[head] for t in own) for head in heads} for name, own in turns.items()}
     rows = [(f"{name}, {RATE:.0f}/s", *(own[h] for h in heads), "", "") for name, own in medians.items()]
     for name, own in loaded.items():
-        label = f"inferbus, {name} ({own['rate']:,}/s)"
-        rows.append((label, *(own[h] for h in heads), own["batch_rows"], own["batch_predict_ms"]))
+        batches = (own.get("batch_rows", ""), own.get("batch_predict_ms", ""))
+        rows.append((f"{name} ({own['rate']:,}/s)", *(own[h] for h in heads), *batches))
     table(("milliseconds", *heads, "rows a batch", "predict ms"), rows)
     extra = medians["inferbus"]["p50"] - medians["bare"]["p50"]
     figures = [Figure("median over the bare median", extra, 2.0, at_least=False, unit="ms")]
