@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 Headers = tuple[tuple[str, bytes], ...]
 """Headers in the order they came, duplicates kept."""
@@ -73,16 +73,25 @@ class Message:
 
 
 class Unreadable(Message):
-    """A delivery whose payload the client could not read: it gets an error record with `code` and `reason`.
+    """A delivery the client could not read, or not whole: it gets an error record with `code` and `reason`.
 
-    Its body is empty and its error record is written without a body.
+    What could not be read is empty here and absent from the error record.
     """
 
     __slots__ = ("code", "reason")
 
-    def __init__(self, id: str, created_at: float | None, receipt: object, code: str, reason: str) -> None:  # noqa: A002
-        super().__init__(id, None, b"", (), created_at, 1, receipt)
-        self.code = code
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - as above
+        created_at: float | None,
+        receipt: object,
+        code: Literal["too_large", "invalid_request"],
+        reason: str,
+        key: bytes | None = None,
+        body: bytes = b"",
+    ) -> None:
+        super().__init__(id, key, body, (), created_at, 1, receipt)
+        self.code: Literal["too_large", "invalid_request"] = code
         self.reason = reason
 
 

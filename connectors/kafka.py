@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby, repeat
 from operator import itemgetter
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
@@ -34,7 +34,6 @@ from inferbus.connectors.base import (
     Done,
     Failure,
     Fatal,
-    Headers,
     Message,
     Records,
     Unavailable,
@@ -50,6 +49,7 @@ from inferbus.connectors.kafka_client import (
     Trouble,
     administrator,
     consumer_config,
+    headers_of,
     largest_batch,
     may,
     new_client,
@@ -237,12 +237,16 @@ class KafkaSource:
         stem = f"{self._topic}-{lease.partition}-"
         offsets = list(map(Raw.offset, run))
         bodies = [body or b"" for body in map(Raw.value, run)]
-        headers: list[Headers] = [tuple(own) if own else () for own in map(Raw.headers, run)]
+        headers, unread = headers_of(run)
         ids = [(own and resolve_id(own)) or f"{stem}{offset}" for own, offset in zip(headers, offsets, strict=True)]
         created = [stamp[1] / 1000 for stamp in map(Raw.timestamp, run)]
         receipts = [(lease, offset) for offset in offsets]
         lease.gaps.receive(offsets, sum(map(len, bodies)))
-        return list(map(Message, ids, map(Raw.key, run), bodies, headers, created, repeat(1), receipts))
+        messages = list(map(Message, ids, map(Raw.key, run), bodies, headers, created, repeat(1), receipts))
+        for i in unread:
+            m, why = messages[i], "the name of a header is not UTF-8, so the headers could not be read"
+            messages[i] = Unreadable(m.id, m.created_at, m.receipt, "invalid_request", why, m.key, m.body)
+        return messages
 
     def _on_error(self, m: Raw) -> list[Message]:
         """An event in place of a message: note it, or skip a batch that can never be read."""
@@ -417,12 +421,11 @@ class KafkaSource:
 
     def _serve_revocations(self) -> None:
         """Drain for a revocation that came to the parked thread, and wait while it commits."""
-        with contextlib.suppress(Empty):
-            while True:
-                revocation = self._revocations.get_nowait()
-                self._drain(lambda r=revocation: all(lease.gaps.idle() for lease in r.leases), DRAIN_BUDGET)  # type: ignore[misc]  # mypy loses the default
-                revocation.drained.set()
-                revocation.fenced.wait(REACH)
+        while not self._revocations.empty():  # and nobody else takes from it
+            revocation = self._revocations.get()
+            self._drain(lambda r=revocation: all(lease.gaps.idle() for lease in r.leases), DRAIN_BUDGET)  # type: ignore[misc]  # mypy loses the default
+            revocation.drained.set()
+            revocation.fenced.wait(REACH)
 
     def _commit_now(self, consumer: Consumer, leases: list[Lease]) -> None:
         ready = self._unconfirmed(leases)

@@ -9,14 +9,15 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka import Message as Raw
 from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource
 
-from inferbus.connectors.base import ConnectorError, Fatal, Misconfigured, TooLarge, Unavailable
+from inferbus.connectors.base import ConnectorError, Fatal, Headers, Misconfigured, TooLarge, Unavailable
 
 REACH = 5.0  # seconds a broker has to answer at start
 
@@ -201,6 +202,20 @@ def largest_batch(admin: AdminClient | None, topic: str) -> float:
     except KafkaException:  # not ours to see
         return float("inf")
     return int(settings["max.message.bytes"].value)
+
+
+def headers_of(messages: Sequence[Raw]) -> tuple[list[Headers], list[int]]:
+    """The headers of each message, and the positions of those whose headers cannot be read: a name is not UTF-8."""
+    found: list[list[tuple[str, bytes]] | None] = []
+    unread: list[int] = []
+    asking = map(Raw.headers, messages)
+    while len(found) < len(messages):
+        try:
+            found.extend(asking)
+        except SystemError:  # asked a second time, the binding answers with a list that crashes whoever looks at it
+            unread.append(len(found))
+            found.append(None)
+    return [tuple(own) if own else () for own in found], unread
 
 
 @contextlib.contextmanager

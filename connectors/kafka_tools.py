@@ -19,6 +19,7 @@ from inferbus.connectors.kafka_client import (
     Config,
     Trouble,
     consumer_config,
+    headers_of,
     new_client,
     producer_config,
     reach_topic,
@@ -195,7 +196,8 @@ class KafkaReader:
             return [] if first is None else [first, *self._client.consume(CHUNK, 0)]
 
     def _message(self, raw: Any) -> Message:
-        headers: Headers = tuple((name, value or b"") for name, value in raw.headers() or ())
+        ((own,), _) = headers_of([raw])
+        headers: Headers = tuple((name, value or b"") for name, value in own)
         place = f"{self._topic}/{raw.partition()}/{raw.offset()}"
         return Message(
             resolve_id(headers) or place.replace("/", "-"),

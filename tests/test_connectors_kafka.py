@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition, cimpl
 
 from inferbus.connectors.base import Bell, Failure, Headers, Misconfigured, Source, Unavailable, Unreadable
 from inferbus.connectors.kafka import KafkaProducer, KafkaSink, KafkaSource
@@ -257,6 +258,43 @@ def test_what_the_client_hands_over_once_more_is_not_served_again(kafka: Kafka) 
         messages += receive(source, 1)
         assert [m.body for m in messages] == [b"%d" % i for i in range(21)]
         settle(source, messages)
+
+
+@pytest.mark.broker
+def test_a_header_whose_name_is_not_utf_8_harms_its_message_alone(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(1), kafka.topic(1))
+    place.publish(b"before", headers=(("a", b"1"),))
+    publish_with_raw_header(kafka.brokers, place.requests, b"odd", b"\xff\xfe")
+    place.publish(b"after", headers=(("a", b"2"),))
+    with opened(place.source()) as source:
+        messages = receive(source, 3)
+        assert [(m.body, m.headers) for m in messages] == [
+            (b"before", (("a", b"1"),)),
+            (b"odd", ()),
+            (b"after", (("a", b"2"),)),
+        ]
+        odd = messages[1]
+        assert isinstance(odd, Unreadable)
+        assert odd.code == "invalid_request"
+        assert odd.reason == "the name of a header is not UTF-8, so the headers could not be read"
+        assert [m.id for m in messages] == [f"{place.requests}-0-{n}" for n in range(3)]
+        settle(source, messages)
+
+
+def publish_with_raw_header(brokers: str, topic: str, body: bytes, name: bytes) -> None:
+    """One message with a header of that name; the binding takes only str, so the C library is called itself."""
+    c = ctypes.CDLL(cimpl.__file__)
+    c.rd_kafka_conf_new.restype = c.rd_kafka_new.restype = ctypes.c_void_p
+    why = ctypes.create_string_buffer(512)
+    conf = ctypes.c_void_p(c.rd_kafka_conf_new())
+    assert c.rd_kafka_conf_set(conf, b"bootstrap.servers", brokers.encode(), why, ctypes.c_size_t(512)) == 0
+    producer = ctypes.c_void_p(c.rd_kafka_new(0, conf, why, ctypes.c_size_t(512)))
+    assert producer.value, why.value
+    # Tags of what follows, from rdkafka.h: 1 topic, 7 flags (2: copy the payload), 4 value, 9 header, 0 the end.
+    whole = (1, topic.encode(), 7, 2, 4, body, ctypes.c_size_t(len(body)), 9, name, b"value", ctypes.c_size_t(5), 0)
+    assert c.rd_kafka_producev(producer, *whole) == 0
+    assert c.rd_kafka_flush(producer, 10_000) == 0
+    c.rd_kafka_destroy(producer)
 
 
 @pytest.mark.broker

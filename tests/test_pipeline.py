@@ -13,7 +13,7 @@ import pytest
 
 from inferbus.connectors.base import Headers, Unavailable
 from inferbus.connectors.memory import MemoryBus, MemorySink, MemorySource
-from inferbus.models.base import Executor, InvalidModel, ModelInfo, Signature, Tensors, TensorSpec
+from inferbus.models.base import Executor, InvalidModel, InvalidRequest, ModelInfo, Signature, Tensors, TensorSpec
 from inferbus.models.codecs import codec
 from inferbus.models.warmup import warm_up_input
 from inferbus.worker.metrics import Metrics
@@ -23,7 +23,7 @@ SIGNATURE = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP3
 
 
 class Doubler:
-    """y = 2x; raises on a row that begins with 666, answers a row too few on 667, NaN on 668."""
+    """y = 2x; raises on a row that begins with 666, answers a row too few on 667, NaN on 668, refuses 669."""
 
     signature = SIGNATURE
     info = ModelInfo("doubler", "1", "fake", "cpu")
@@ -42,6 +42,8 @@ class Doubler:
         self.before()
         if self.sick or (x[:, 0] == 666).any():
             raise RuntimeError("secret of the model: /etc/passwd")
+        if (x[:, 0] == 669).any():
+            raise InvalidRequest("input 'x': expected anything but 669")
         y = x * 2
         y[x[:, 0] == 668] = np.nan
         return {"y": y[:-1] if (x[:, 0] == 667).any() else y}
@@ -157,6 +159,17 @@ def test_a_row_the_model_fails_on_is_found_by_halving_and_fails_alone(poison: fl
     assert error["id"] == "memory-5"
     assert error["code"] == "model_error"
     assert "secret" not in error["message"]
+
+
+def test_a_request_its_executor_finds_to_blame_is_told_why() -> None:
+    s = started()
+    for i in range(8):
+        s.ask(669.0 if i == 5 else float(i))
+    s.run()
+    assert len(s.answers()) == 7
+    (error,) = s.faults().values()
+    assert (error["id"], error["code"], error["stage"]) == ("memory-5", "invalid_request", "predict")
+    assert error["message"] == "input 'x': expected anything but 669"
 
 
 def test_an_output_that_is_not_finite_is_an_error_and_never_null() -> None:

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 import structlog
 
 from inferbus.connectors.base import Bell
-from inferbus.models.base import Executor, InvalidModel, Signature, Tensors
+from inferbus.models.base import Executor, InvalidModel, InvalidRequest, Signature, Tensors
 from inferbus.models.codecs import check_outputs
 from inferbus.worker.batcher import Batch
 
@@ -29,11 +29,15 @@ HUNG = 300.0  # seconds one predict may take before the process reports itself d
 
 @dataclass(slots=True)
 class Segment:
-    """Consecutive requests of a batch and their outputs, or None where predict failed on this request alone."""
+    """Consecutive requests of a batch and their outputs, or None where predict failed on this request alone.
+
+    Then `refusal` is what its requester may read, where the executor found the request to blame.
+    """
 
     start: int
     stop: int
     outputs: Tensors | None
+    refusal: str | None = None
 
 
 @dataclass(slots=True)
@@ -122,7 +126,7 @@ class Device:
         began = time.perf_counter()
         answer = Answer(self, batch)
         answer.segments = self._bisect(batch, 0, len(batch.messages), 0)
-        if any(segment.outputs is None for segment in answer.segments):
+        if any(segment.outputs is None and segment.refusal is None for segment in answer.segments):
             answer.sick = self._sick()
         answer.seconds = time.perf_counter() - began
         return answer
@@ -135,6 +139,9 @@ class Device:
             inputs = {name: column[row : row + rows] for name, column in inputs.items()}
         try:
             return [Segment(start, stop, self._predict(inputs))]
+        except InvalidRequest as error:
+            if stop - start == 1:
+                return [Segment(start, stop, None, str(error))]
         except Exception as error:  # noqa: BLE001 - a model may raise anything, and one bad row harms only itself
             if stop - start == 1:
                 log.warning("predict_failed", error=f"{type(error).__name__}: {error}", rows=rows)

@@ -370,7 +370,7 @@ class Pipeline:
         self._largest = max(1, largest, self._largest // 2)
         faults: list[wire.Fault] = []
         deadlines: dict[int, float] = {}
-        if largest > self._limits.max_message_bytes or not min(sizes):
+        if largest > self._limits.max_message_bytes or Unreadable in set(map(type, messages)):
             messages = self._readable(messages, faults)
         if any(m.headers for m in messages):
             messages = self._controlled(messages, faults, deadlines, now)
@@ -385,7 +385,7 @@ class Pipeline:
         limit = self._limits.max_message_bytes
         for m in messages:
             if isinstance(m, Unreadable):
-                faults.append((m, "too_large", "receive", m.reason))
+                faults.append((m, m.code, "receive", m.reason))
             elif len(m.body) > limit:
                 text = f"the body has {len(m.body)} bytes, at most {limit} are allowed (flow.max_message_bytes)"
                 faults.append((m, "too_large", "receive", text))
@@ -531,11 +531,12 @@ class Pipeline:
 
     def _failed(self, batch: Batch, segment: Segment) -> list[wire.Fault]:
         """The faults of requests predict failed on alone; a request in parts fails once."""
-        text = "the model failed on this request, or answered it with the wrong number of rows"
+        code: wire.Code = "model_error" if segment.refusal is None else "invalid_request"
+        text = segment.refusal or "the model failed on this request, or answered it with the wrong number of rows"
         return [
-            (batch.messages[i], "model_error", "predict", text)
+            (batch.messages[i], code, "predict", text)
             for i in range(segment.start, segment.stop)
-            if i not in batch.parts or batch.parts[i][0].fail("model_error", text)
+            if i not in batch.parts or batch.parts[i][0].fail(code, text)
         ]
 
     def _publish_parts(self, batch: Batch, start: int, share: Share, shared: Shared, faults: list[wire.Fault]) -> None:
