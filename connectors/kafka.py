@@ -391,6 +391,7 @@ class KafkaSource:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         now = self._clock()
+        self._trouble.clear_refusal()  # of the group; one of the topic comes again
         # A fresh dict, because another thread may be reading the old one.
         self._leases = {**self._leases, **{p.partition: Lease(p.partition, self._partitions, now) for p in partitions}}
         # The client keeps a pause over an assignment: a partition lost while paused would never be read again.
@@ -480,6 +481,9 @@ class KafkaSource:
 
     def _watch(self, now: float) -> None:
         """A partition that is asked for, has something to read and does not move is a stalled client: build it anew."""
+        if self._trouble.refused and self._leases and not self._watcher.busy:
+            # The client does not say when it is let in again, and no message need come to tell.
+            self._watcher.ask(partial(self._try_to_read, next(iter(self._leases.values()))), self._let_in)
         asking = not self._paused and now - self._asked_at <= STARVED and self._trouble.away() is None
         still = [lease for lease in self._leases.values() if now - lease.moved_at > STALLED]
         if not asking:
@@ -487,6 +491,18 @@ class KafkaSource:
                 lease.moved_at = now
         elif still and not self._watcher.busy:
             self._watcher.ask(partial(self._look_ahead, still), self._judge)
+
+    def _try_to_read(self, lease: Lease) -> bool:
+        """On the watcher's thread: whether the topic may be read."""
+        with contextlib.suppress(ConnectorError), probing(self._config) as probe:
+            reached = lease.gaps.highest
+            probe.look(self._topic, lease.partition, 0 if reached is None else reached + 1)
+            return True
+        return False
+
+    def _let_in(self, readable: bool) -> None:
+        if readable:
+            self._trouble.clear_refusal()
 
     def _look_ahead(self, leases: list[Lease]) -> list[tuple[Lease, int | None]]:
         """On the watcher's thread, through a client of its own: what each lease could read next."""
@@ -606,6 +622,8 @@ class KafkaProducer:
         while self.finished:
             write = self.finished.popleft()
             self.pending.pop(write, None)
+            if not write.failures:
+                self.trouble.clear_refusal()
             write.done(sorted(write.failures, key=itemgetter(0)))
         if self.fatal:
             # Everything still queued is reported as failed by the purge, and written again by its owner.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import orjson
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka import Message as Raw
-from confluent_kafka.admin import AclOperation, AdminClient, ConfigResource
+from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource
 
 from inferbus.connectors.base import ConnectorError, Fatal, Headers, Misconfigured, TooLarge, Unavailable
 
@@ -33,9 +33,9 @@ class Trouble:
     def __init__(self, statistics: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self.last: str | None = None
         self.shut_out: str | None = None
+        self.refused: str | None = None
         self._statistics_of_topics = statistics
         self._down: str | None = None
-        self._refused: str | None = None
         self._said: dict[str, float] = {}
 
     def callbacks(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Trouble:
         if code in SHUT_OUT:
             self.shut_out = f"{text}; check {SHUT_OUT[code]}"
         elif code in REFUSED:
-            self._refused = f"kafka: {text}"
+            self.refused = f"kafka: {text}"
         self.say(error.name(), text)
 
     def say(self, kind: str, text: str) -> None:
@@ -74,12 +74,12 @@ class Trouble:
         self._statistics_of_topics(told["topics"])
 
     def clear_refusal(self) -> None:
-        """Messages flow, so whatever was refused is granted again."""
-        self._refused = None
+        """What was refused is granted again: something came through."""
+        self.refused = None
 
     def away(self) -> str | None:
         """What keeps the cluster from us, or None."""
-        return self._refused or self._down
+        return self.refused or self._down
 
 
 def consumer_config(config: Config, group: str, start: str, max_inflight: int, max_bytes: int) -> dict[str, Any]:
@@ -143,12 +143,7 @@ def reach_topic(client: Any, topic: str, trouble: Trouble) -> Listed:
     Raises:
         Unavailable: No broker answers, the topic is missing, or reading about it is forbidden.
     """
-    try:
-        cluster = client.list_topics(topic, timeout=REACH)
-    except KafkaException:
-        client.poll(0)  # serves the error callback, which knows more than the call
-        silence = f"no broker answered within {REACH:.0f} s ({trouble.last or 'check brokers and security.protocol'})"
-        raise Unavailable(f"kafka: {trouble.shut_out or silence}") from None
+    cluster = list_topic(client, topic, trouble)
     listed = cluster.topics[topic]
     if listed.error is None:
         return Listed(len(listed.partitions), embedded=cluster.controller_id not in cluster.brokers)
@@ -158,6 +153,22 @@ def reach_topic(client: Any, topic: str, trouble: Trouble) -> Listed:
         rights = "READ on it for a source, WRITE for a sink"
         raise Unavailable(f'kafka: topic "{topic}" may not be used with these credentials; grant them {rights}')
     raise Unavailable(f'kafka: topic "{topic}": {listed.error.str()}')
+
+
+def list_topic(client: Any, topic: str, trouble: Trouble) -> ClusterMetadata:
+    """The cluster and one of its topics.
+
+    Raises:
+        Unavailable: No broker answers within `REACH`; sooner where one has shown us the door.
+    """
+    for timeout in (REACH / 5, REACH * 4 / 5):
+        with contextlib.suppress(KafkaException):
+            return client.list_topics(topic, timeout=timeout)
+        client.poll(0)  # serves the error callback, which knows more than the call
+        if trouble.shut_out:
+            raise Unavailable(f"kafka: {trouble.shut_out}")
+    why = trouble.last or "check brokers and security.protocol"
+    raise Unavailable(f"kafka: no broker answered within {REACH:.0f} s ({why})")
 
 
 def administrator(config: Config, listed: Listed) -> AdminClient | None:

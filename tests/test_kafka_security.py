@@ -180,6 +180,16 @@ def test_a_right_that_is_taken_away_for_a_while_costs_no_request(
     assert scene.accounted() == 0
 
 
+def test_a_worker_is_ready_again_once_it_may_read_though_nothing_comes(kafka: SecuredKafka, scene: Scene) -> None:
+    worker = scene.worker().is_ready()
+    worker.answers("/readyz", 200)
+    kafka.forbid("worker", READ, scene.topic)
+    worker.answers("/readyz", 503)
+    kafka.allow("worker", READ, scene.topic)
+    worker.answers("/readyz", 200)
+    worker.stop()
+
+
 # Refused
 
 
