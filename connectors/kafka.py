@@ -55,6 +55,7 @@ from inferbus.connectors.kafka_client import (
     new_client,
     producer_config,
     reach_topic,
+    reads_from_start,
     translated,
     write_error,
 )
@@ -67,6 +68,7 @@ PARK = 0.05  # seconds of one parked poll: how long a commit may wait for the cl
 STARVED = 1.0  # seconds without credit until fetching is paused: a pause throws the prefetched away
 STASH = 64  # messages kept from polls made without credit
 WATCH_EVERY = 5.0  # seconds between looks for partitions that do not move
+JOINING = 8.0  # seconds leaving may wait for a join under way: two heartbeats of the others, and some
 STALLED = 60.0  # seconds assigned, behind, asked and not moving: then the client is built anew
 
 # A receipt of this source is (Lease, offset).
@@ -88,7 +90,7 @@ class Revocation:
 class Lease:
     """One assignment of one partition: its epoch. Receipts point here; a closed lease voids them."""
 
-    __slots__ = ("gaps", "moved_at", "open", "partition", "siblings", "suspected")
+    __slots__ = ("gaps", "moved_at", "open", "partition", "repeated", "siblings", "suspected")
 
     def __init__(self, partition: int, siblings: int, now: float) -> None:
         self.partition = partition
@@ -96,6 +98,7 @@ class Lease:
         self.open = True
         self.gaps = Gaps()
         self.moved_at = now  # monotonic seconds of the last sign of progress
+        self.repeated = False  # offsets came that had come before: did the log itself go back?
         self.suspected: int | None = None  # a readable offset ahead that the client had not brought, one look ago
 
 
@@ -127,6 +130,7 @@ class KafkaSource:
         self._topic = topic
         self._clock = clock
         self._config = consumer_config(config, group, start, max_inflight, max_inflight_bytes)
+        self._earliest = reads_from_start(self._config)
         self._commit_step = max(1, max_inflight // 4)
         self._consumer: Consumer | None = None
         self._leases: dict[int, Lease] = {}
@@ -142,6 +146,7 @@ class KafkaSource:
         self._trouble = Trouble(self._statistics)
         self._problem: str | None = None  # assigned, behind and not moving
         self._revocations: SimpleQueue[Revocation] = SimpleQueue()
+        self._joining_since: float | None = None  # asked to be let into the group, and not answered
 
     # Opening and closing
 
@@ -164,6 +169,7 @@ class KafkaSource:
             raise
         self._partitions = listed.partitions
         self._consumer = consumer
+        self._joining_since = self._clock()
         self._watcher = Clerk(self._bell)
         self._parking = Parking(lambda: self._park(consumer), self._bell)
         consumer.subscribe([self._topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
@@ -184,10 +190,24 @@ class KafkaSource:
             self._commit_now(consumer, leases)
         self._committing = []
         self._fence(leases)
+        if commit:
+            self._await_join(consumer)
+        self._fence(list(self._leases.values()))
         self._stash = []
         self._consumer = None
         with translated("close"):
             consumer.close()
+
+    def _await_join(self, consumer: Consumer) -> None:
+        """Be let into the group before leaving it.
+
+        The broker answers a join when all members have come, and reads nothing else of that connection until then.
+        Closed meanwhile, the client would be gone and its member not, and the group would wait for a ghost.
+        """
+        until = self._clock() + JOINING
+        while self._joining_since is not None and self._clock() < until and not self._trouble.away():
+            with contextlib.suppress(KafkaException, RuntimeError):
+                consumer.poll(PARK)  # what comes is dropped: nothing of it is committed
 
     # Receiving
 
@@ -234,15 +254,21 @@ class KafkaSource:
         if highest is not None and run[0].offset() <= highest:
             # Around a rebalance the client may hand over once more what it just did: that is being served.
             run = [m for m in run if m.offset() > highest]
+            self._watch_at = 0.0
+            lease.repeated = True
         stem = f"{self._topic}-{lease.partition}-"
         offsets = list(map(Raw.offset, run))
         bodies = [body or b"" for body in map(Raw.value, run)]
         headers, unread = headers_of(run)
         ids = [(own and resolve_id(own)) or f"{stem}{offset}" for own, offset in zip(headers, offsets, strict=True)]
-        created = [stamp[1] / 1000 for stamp in map(Raw.timestamp, run)]
+        keys = list(map(Raw.key, run))
+        created = [stamp[1] / 1000 if stamp[1] >= 0 else None for stamp in map(Raw.timestamp, run)]
         receipts = [(lease, offset) for offset in offsets]
-        lease.gaps.receive(offsets, sum(map(len, bodies)))
-        messages = list(map(Message, ids, map(Raw.key, run), bodies, headers, created, repeat(1), receipts))
+        size = sum(map(len, bodies)) + sum(map(len, filter(None, keys)))
+        if any(headers):
+            size += sum(len(value) for own in headers for _, value in own if value)
+        lease.gaps.receive(offsets, size)
+        messages = list(map(Message, ids, keys, bodies, headers, created, repeat(1), receipts))
         for i in unread:
             m, why = messages[i], "the name of a header is not UTF-8, so the headers could not be read"
             messages[i] = Unreadable(m.id, m.created_at, m.receipt, "invalid_request", why, m.key, m.body)
@@ -311,12 +337,14 @@ class KafkaSource:
             return now + 1.0
         self._serve_revocations()
         self._watcher.tick()
+        if self._consumer is not consumer:
+            return now  # the watcher has put it away; the next `receive` makes a new one
         if not self._parking.parked:
             self._parking.catch_up()
-        if not self._parking.parked and now - self._asked_at > STARVED:
-            self._idle_without_credit(consumer)
-        elif not self._parking.parked and self._committing and now > self._served_at and len(self._stash) < STASH:
-            self._serve_callbacks(consumer, now)
+            if now - self._asked_at > STARVED:
+                self._idle_without_credit(consumer)
+            elif self._committing and now > self._served_at and len(self._stash) < STASH:
+                self._serve_callbacks(consumer, now)
         while self._commit_answers:
             self._committed(self._commit_answers.popleft())
         if self._commit_at is not None and not self._committing:
@@ -324,9 +352,11 @@ class KafkaSource:
         if now >= self._watch_at:
             self._watch_at = now + WATCH_EVERY
             self._watch(now)
-        if self._committing and not self._parking.parked:
-            return now + 0.001  # nobody polls while the pipeline rests, so come back for the acknowledgement
-        return min(self._watch_at, self._commit_at or self._watch_at, now + STARVED)
+        wake = min(self._watch_at, now + STARVED)
+        if not self._committing:
+            return min(wake, self._commit_at or wake)
+        # A parked poll rings for the acknowledgement; else nobody polls while the pipeline rests, so come back for it.
+        return wake if self._parking.parked else now + 0.001
 
     def _serve_callbacks(self, consumer: Consumer, now: float) -> None:
         """Without credit nothing is received, but the acknowledgement that frees credit comes through a poll too."""
@@ -391,15 +421,33 @@ class KafkaSource:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         now = self._clock()
+        self._joining_since = None
         self._trouble.clear_refusal()  # of the group; one of the topic comes again
+        # Partitions may have been added; that they are more than we know is all that matters here.
+        self._partitions = max([self._partitions, *(p.partition + 1 for p in partitions)])
+        if not self._earliest:
+            self._hold_places(consumer, partitions)
         # A fresh dict, because another thread may be reading the old one.
         self._leases = {**self._leases, **{p.partition: Lease(p.partition, self._partitions, now) for p in partitions}}
         # The client keeps a pause over an assignment: a partition lost while paused would never be read again.
         consumer.resume([*consumer.assignment(), *partitions] if self._paused else partitions)
         self._paused = False
 
+    def _hold_places(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Commit where a group without offsets begins at the end, or a crash before its first commit skips requests."""
+        try:
+            held = consumer.committed([TopicPartition(self._topic, p.partition) for p in partitions], REACH)
+            fresh = [p for p in held if p.offset < 0]
+            for p in fresh:
+                p.offset = consumer.get_watermark_offsets(p, REACH)[1]
+            if fresh:
+                consumer.commit(offsets=fresh, asynchronous=False)
+        except (KafkaException, RuntimeError) as error:
+            self._trouble.say("latest", str(error))
+
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Drain within the budget, commit, fence: in this order, or finished work would be served twice."""
+        self._joining_since = self._clock()  # as all members do when partitions move
         leases = [self._leases[p.partition] for p in partitions if p.partition in self._leases]
         if threading.get_ident() == self._thread:
             self._drain(lambda: all(lease.gaps.idle() for lease in leases), DRAIN_BUDGET)
@@ -416,6 +464,7 @@ class KafkaSource:
         revocation.fenced.set()
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._joining_since = self._clock()
         # Another member may own them already: committing here would move its offsets.
         self._fence([self._leases[p.partition] for p in partitions if p.partition in self._leases])
         self._bell.ring()
@@ -481,6 +530,11 @@ class KafkaSource:
 
     def _watch(self, now: float) -> None:
         """A partition that is asked for, has something to read and does not move is a stalled client: build it anew."""
+        if self._joining_since is not None and now - self._joining_since > WATCH_EVERY:
+            self._trouble.say("group", "not let into the group yet: it waits for its other members, or for a lost one")
+        back = next((lease for lease in self._leases.values() if lease.repeated), None)
+        if back is not None and not self._watcher.busy:
+            self._watcher.ask(partial(self._went_back, back), self._begin_anew)
         if self._trouble.refused and self._leases and not self._watcher.busy:
             # The client does not say when it is let in again, and no message need come to tell.
             self._watcher.ask(partial(self._try_to_read, next(iter(self._leases.values()))), self._let_in)
@@ -491,6 +545,19 @@ class KafkaSource:
                 lease.moved_at = now
         elif still and not self._watcher.busy:
             self._watcher.ask(partial(self._look_ahead, still), self._judge)
+
+    def _went_back(self, lease: Lease) -> bool:
+        """On the watcher's thread: whether the log ends before what it has given us: the topic was made anew."""
+        lease.repeated = False
+        with contextlib.suppress(ConnectorError), probing(self._config) as probe:
+            return probe.end(self._topic, lease.partition) <= (lease.gaps.highest or 0)
+        return False
+
+    def _begin_anew(self, went_back: bool) -> None:
+        """Forget everything of the log that was: its offsets mean other requests now."""
+        if went_back:
+            self._trouble.say("log", "offsets went back: the topic was made anew, or lost its end; it is read anew")
+            self._disconnect(commit=False)
 
     def _try_to_read(self, lease: Lease) -> bool:
         """On the watcher's thread: whether the topic may be read."""
@@ -536,9 +603,11 @@ class KafkaSource:
 
     # Asked by others
 
-    def _statistics(self, topics: dict[str, Any]) -> None:
-        """Once a second, on whichever thread polls: how far behind the end each partition is."""
-        partitions = topics.get(self._topic, {}).get("partitions", {})
+    def _statistics(self, told: dict[str, Any]) -> None:
+        """Once a second, on whichever thread polls: how far behind the end each partition is, and we in the group."""
+        settled = told.get("cgrp", {}).get("join_state") in ("init", "steady")
+        self._joining_since = None if settled else self._joining_since or self._clock()
+        partitions = told["topics"].get(self._topic, {}).get("partitions", {})
         self._lags = {int(p): s["consumer_lag"] for p, s in partitions.items() if s["consumer_lag"] >= 0}
 
     def lag(self) -> int | None:
@@ -550,7 +619,7 @@ class KafkaSource:
     def exhausted(self) -> bool:
         """Every partition of the topic is committed to its end, or read to it by this worker."""
         with probing(self._config) as probe:
-            for partition in range(self._partitions):
+            for partition in range(probe.partitions(self._topic)):
                 lease = self._leases.get(partition)
                 reached = lease.gaps.highest if lease else None
                 start = probe.begin(self._topic, partition) if reached is None else reached + 1
@@ -603,9 +672,17 @@ class KafkaProducer:
         self.fatal = False
 
     def _allow_parking(self) -> None:
-        producer = self.producer
         # The pipeline rests, so nothing will join what is queued: flush, which ignores linger, instead of a poll.
-        self._parking = Parking(lambda: producer.flush(PARK) == 0, self._bell)
+        self._parking = Parking(lambda: self._serve(self.producer.flush, PARK) == 0, self._bell)
+
+    def _serve(self, call: Callable[[float], int], timeout: float) -> int:
+        """Make a call that serves the client's callbacks; it raises a fatal error, once, and then answers nothing."""
+        try:
+            return call(timeout)
+        except KafkaException as error:
+            self.trouble.note(error.args[0])
+            self.fatal = True
+            return 0
 
     def limit_batches(self, limit: float) -> None:
         """Send no larger batch than a topic takes: it would refuse every record in it for the sake of one."""
@@ -618,7 +695,7 @@ class KafkaProducer:
     def tick(self) -> None:
         """Serve delivery reports, then tell whoever wrote."""
         if not self._parking.parked:
-            self.producer.poll(0)
+            self._serve(self.producer.poll, 0)
         while self.finished:
             write = self.finished.popleft()
             self.pending.pop(write, None)
@@ -629,7 +706,7 @@ class KafkaProducer:
             # Everything still queued is reported as failed by the purge, and written again by its owner.
             self._parking.close()
             self.producer.purge()
-            self.producer.flush(1.0)
+            self._serve(self.producer.flush, 1.0)
             self._connect()
             self._allow_parking()
 
@@ -650,9 +727,10 @@ class KafkaProducer:
         if self._open:
             return
         self._parking.close()
-        self.producer.flush(timeout)
-        self.producer.purge()
-        self.producer.flush(0.1)
+        for patience in (timeout, 0.1):
+            self._serve(self.producer.flush, patience)
+            self.producer.purge()
+        self.fatal = False  # nobody writes again
         self.tick()
 
 
@@ -729,7 +807,10 @@ class KafkaSink:
     def _places(self, messages: Sequence[Message]) -> Iterable[int]:
         """The partition for each record; -1 lets the key decide. Messages of one write come from one source."""
         receipt = messages[0].receipt
-        if not (type(receipt) is tuple and type(receipt[0]) is Lease and receipt[0].siblings == self._partitions):
+        if not (type(receipt) is tuple and type(receipt[0]) is Lease):
+            return repeat(-1)
+        # Counts, not one count: partitions are added while we run, and leases are as old as their assignment.
+        if {RECEIPT_LEASE(m.receipt).siblings for m in messages} != {self._partitions}:
             return repeat(-1)
         return [RECEIPT_LEASE(m.receipt).partition for m in messages]
 

@@ -34,7 +34,7 @@ class Trouble:
         self.last: str | None = None
         self.shut_out: str | None = None
         self.refused: str | None = None
-        self._statistics_of_topics = statistics
+        self._told = statistics
         self._down: str | None = None
         self._said: dict[str, float] = {}
 
@@ -71,7 +71,7 @@ class Trouble:
         told = orjson.loads(text)
         if any(broker["state"] == "UP" for broker in told["brokers"].values()):
             self._down = self.shut_out = None
-        self._statistics_of_topics(told["topics"])
+        self._told(told)
 
     def clear_refusal(self) -> None:
         """What was refused is granted again: something came through."""
@@ -103,6 +103,11 @@ def consumer_config(config: Config, group: str, start: str, max_inflight: int, m
         if str(merged[forbidden]).lower() != "false":
             raise Misconfigured(f"source.kafka.config.{forbidden} must stay false: offsets are committed by outcome")
     return merged
+
+
+def reads_from_start(config: Config) -> bool:
+    """Whether a group without committed offsets begins at the start of the log."""
+    return config.get("auto.offset.reset") in ("earliest", "smallest", "beginning")
 
 
 def producer_config(config: Config) -> dict[str, Any]:

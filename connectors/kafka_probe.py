@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 from inferbus.connectors.base import Unavailable
-from inferbus.connectors.kafka_client import REACH, UNREADABLE, Config, log, new_client, translated
+from inferbus.connectors.kafka_client import REACH, UNREADABLE, Config, log, new_client, reads_from_start, translated
 
 POLL = 0.05  # seconds of one poll
 
@@ -60,12 +60,20 @@ class Probe:
 
     def readable_from(self, topic: str, partition: int, offset: int) -> int | None:
         """The first offset at or after `offset` that holds a record; None when the partition ends before."""
-        with translated("look"):
-            _, end = self._client.get_watermark_offsets(TopicPartition(topic, partition), REACH)
-        if offset >= end:
+        if offset >= self.end(topic, partition):
             return None
         found, at = self.look(topic, partition, offset)
         return None if found == "end" else at
+
+    def partitions(self, topic: str) -> int:
+        """How many the topic has now."""
+        with translated("look"):
+            return len(self._client.list_topics(topic, REACH).topics[topic].partitions)
+
+    def end(self, topic: str, partition: int) -> int:
+        """One past the last offset."""
+        with translated("look"):
+            return int(self._client.get_watermark_offsets(TopicPartition(topic, partition), REACH)[1])
 
     def begin(self, topic: str, partition: int) -> int:
         """Where the group would begin to read."""
@@ -84,6 +92,6 @@ def probing(config: Config) -> Iterator[Probe]:
     own = {k: v for k, v in config.items() if k != "group.instance.id"}
     client = new_client(Consumer, own | {"enable.partition.eof": True, "queued.min.messages": 1, "logger": log})
     try:
-        yield Probe(client, earliest=config.get("auto.offset.reset") in ("earliest", "smallest", "beginning"))
+        yield Probe(client, earliest=reads_from_start(config))
     finally:
         client.close()
