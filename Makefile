@@ -51,6 +51,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Inferbus needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing Inferbus and what it needs into $(VENV)/: once, about half a minute." >&2
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@# mypy does not follow the import hook of an editable install, so it is shown the packages under their names.
 	@mkdir -p $(VENV)/types/inferbus

@@ -191,14 +191,14 @@ class KafkaSource:
         self._committing = []
         self._fence(leases)
         if commit:
-            self._await_join(consumer)
+            self._leave_cleanly(consumer)
         self._fence(list(self._leases.values()))
         self._stash = []
         self._consumer = None
         with translated("close"):
             consumer.close()
 
-    def _await_join(self, consumer: Consumer) -> None:
+    def _leave_cleanly(self, consumer: Consumer) -> None:
         """Be let into the group before leaving it.
 
         The broker answers a join when all members have come, and reads nothing else of that connection until then.
@@ -208,6 +208,11 @@ class KafkaSource:
         while self._joining_since is not None and self._clock() < until and not self._trouble.away():
             with contextlib.suppress(KafkaException, RuntimeError):
                 consumer.poll(PARK)  # what comes is dropped: nothing of it is committed
+        with contextlib.suppress(KafkaException, RuntimeError):
+            if not consumer.assignment():
+                # Nor does the client say goodbye when it closes without a partition; to unsubscribe does.
+                consumer.unsubscribe()
+                consumer.poll(2 * PARK)
 
     # Receiving
 
@@ -605,8 +610,8 @@ class KafkaSource:
 
     def _statistics(self, told: dict[str, Any]) -> None:
         """Once a second, on whichever thread polls: how far behind the end each partition is, and we in the group."""
-        settled = told.get("cgrp", {}).get("join_state") in ("init", "steady")
-        self._joining_since = None if settled else self._joining_since or self._clock()
+        if told.get("cgrp", {}).get("join_state") == "steady":
+            self._joining_since = None  # without a partition, or `_on_assign` would have said so
         partitions = told["topics"].get(self._topic, {}).get("partitions", {})
         self._lags = {int(p): s["consumer_lag"] for p, s in partitions.items() if s["consumer_lag"] >= 0}
 

@@ -98,7 +98,10 @@ class Model:
         """Called once, on the thread that will predict, before the first batch."""
 
     def predict(self, inputs: Tensors) -> Tensors:
-        """Whole batch in, whole batch out: every output has as many rows, in the same order, as the inputs."""
+        """Whole batch in, whole batch out: every output has as many rows, in the same order, as the inputs.
+
+        The inputs are the model's to change, and it may fill the arrays it answers anew the next time: both are copied.
+        """
         raise NotImplementedError
 
 

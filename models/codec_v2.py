@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from inferbus.models.base import Array, InvalidRequest, ModelInfo, Signature, Tensors, TensorSpec
+from inferbus.models.base import Array, InvalidRequest, ModelInfo, Signature, Tensors, TensorSpec, WrongAnswer
 from inferbus.models.columns import (
     JSON_ANSWER,
     ChunkDecoder,
@@ -425,7 +425,10 @@ def _texts(spec: TensorSpec, output: Array, rows: Sequence[int]) -> list[bytes]:
 def _raw_bytes(spec: TensorSpec, output: Array) -> bytes:
     if spec.datatype != "BYTES":
         return output.tobytes()
-    strings = [item if isinstance(item, bytes) else item.encode() for item in output.flat]
+    try:
+        strings = [item if isinstance(item, bytes) else item.encode() for item in output.flat]
+    except UnicodeEncodeError:
+        raise WrongAnswer(f"output {spec.name!r} holds half a surrogate pair, so it cannot be written") from None
     return b"".join(chain.from_iterable((len(string).to_bytes(4, "little"), string) for string in strings))
 
 

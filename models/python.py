@@ -17,6 +17,9 @@ import sys
 import traceback
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import cast
+
+import numpy as np
 
 from inferbus.models.base import InvalidModel, Model, ModelInfo, Signature, Tensors
 
@@ -64,17 +67,27 @@ class PythonExecutor:
         try:
             model = _only_model(self._run())()
             model.load()
-        except (Exception, SystemExit) as error:  # a user's code may raise anything, and call sys.exit
+        except BaseException as error:  # a user's code may raise anything, and call sys.exit
             self.close()
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise InvalidModel(f"{self._label}: {self._where(error)}: {_told(error)}") from error
         self._model = model
 
     def predict(self, inputs: Tensors) -> Tensors:
-        """What the model answers, unchecked. Raises whatever it raises."""
+        """What the model answers, unchecked. Raises whatever it raises, with a note of the line."""
         if self._model is None:
             raise RuntimeError("predict before load")
-        # A model may work in place, and a batch that fails is predicted again in halves: from the same numbers.
-        return self._model.predict({name: array.copy() for name, array in inputs.items()})
+        try:
+            # A model may work in place, and a batch that fails is predicted again in halves: from the same numbers.
+            outputs: object = self._model.predict({name: array.copy() for name, array in inputs.items()})
+        except BaseException as error:
+            error.add_note(self._where(error))
+            raise
+        if not isinstance(outputs, dict):
+            return cast("Tensors", outputs)  # which `check_outputs` refuses
+        # A model may fill arrays it keeps, and predict again before the answers of this batch have been written.
+        return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in outputs.items()}
 
     def close(self) -> None:
         """Forget the model. Idempotent."""

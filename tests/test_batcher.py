@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -10,13 +13,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from inferbus.connectors.base import Message
+from inferbus.models.base import Array
 from inferbus.worker.batcher import PATIENCE, Batch, Batcher, Piece
 
 
 def piece(rows: list[int], arrived: float = 0.0, deadline: float | None = None, name: str = "m") -> Piece:
     messages = [Message(f"{name}{i}", None, b"", (), None, 1, None) for i in range(len(rows))]
-    column = np.arange(sum(rows), dtype=np.float32).reshape(-1, 1)
+    column = owned(range(sum(rows)))
     return Piece(messages, rows, [None] * len(rows), {"x": column}, arrived, 4.0, deadline)
+
+
+def owned(values: Iterable[float]) -> Array:
+    """A column that is no view, so that its memory is held exactly as long as it or a part of it is."""
+    return np.array([[value] for value in values], np.float64)
 
 
 def ids(batch: Batch | None) -> list[str]:
@@ -50,7 +59,7 @@ def test_a_delay_holds_a_partial_batch_and_no_longer() -> None:
     batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0.5)
     batcher.put("lane", piece([1], arrived=1.0))
     assert batcher.take(1.4, idle=True) is None
-    assert batcher.wake_at() == 1.5
+    assert batcher.wake_at(idle=True) == 1.5
     batch = batcher.take(1.5, idle=True)
     assert batch is not None
     assert batch.reason == "delay"
@@ -165,8 +174,98 @@ def test_what_is_discarded_leaves_the_others_with_their_own_rows() -> None:
     assert batch.inputs["x"].ravel().tolist() == [0, 3]
 
 
+def test_what_came_out_is_not_held_until_its_deadline_passes() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    held = []
+    for rows in ([1], [9]):  # the second is cut
+        urgent = piece(rows, deadline=1e12)
+        held.append(weakref.ref(urgent.columns["x"]))
+        batcher.put("lane", urgent)
+        del urgent
+    while batcher.take(0.0, idle=True) is not None:
+        pass
+    assert [column() for column in held] == [None, None]
+
+
+class Counted(float):
+    """Seconds that count how often they are compared."""
+
+    compared = 0
+
+    def __lt__(self, other: float) -> bool:
+        Counted.compared += 1
+        return float(self) < float(other)
+
+    def __le__(self, other: float) -> bool:
+        Counted.compared += 1
+        return float(self) <= float(other)
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return float.__eq__(self, other)
+
+    __hash__ = float.__hash__
+
+
+def test_many_requests_that_expire_at_once_are_taken_out_in_one_walk() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    for _ in range(400):
+        batcher.put("lane", piece([1], deadline=Counted(5.0)))
+    batcher.put("lane", piece([1], deadline=Counted(6.0), name="later"))
+    Counted.compared = 0
+    assert len(batcher.expire(5.0)) == 400
+    assert Counted.compared < 400 * 10
+    assert ids(batcher.take(5.0, idle=True)) == ["later0"]
+
+
+class Shape:
+    """The name of a lane, whose end can be seen."""
+
+
+@pytest.mark.parametrize("end", ["taken", "expired", "discarded"])
+def test_a_lane_ends_with_its_last_request(end: str) -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0)
+    shape = Shape()
+    seen = weakref.ref(shape)
+    batcher.put(shape, piece([1, 2], deadline=None if end == "taken" else 5.0))
+    del shape
+    assert seen() is not None
+    if end == "taken":
+        batcher.take(0.0, idle=True)
+    elif end == "expired":
+        batcher.expire(5.0)
+    else:
+        batcher.discard(lambda _: True)
+    assert seen() is None
+    assert len(batcher) == 0
+    assert batcher.size() == 0
+
+
+def test_a_delay_that_has_ended_wakes_nobody_while_every_device_is_busy() -> None:
+    batcher = Batcher(max_rows=4, max_bytes=1000, max_delay=0.5)
+    batcher.put("lane", piece([1], arrived=1.0))
+    assert batcher.wake_at(idle=False) == math.inf
+    batcher.put("lane", piece([1], arrived=1.0, deadline=9.0))
+    assert batcher.wake_at(idle=False) == 9.0
+    assert batcher.wake_at(idle=True) == 1.5
+
+
+def test_a_deadline_that_has_passed_wakes_nobody_again() -> None:
+    batcher = Batcher(max_rows=1, max_bytes=1000, max_delay=0)
+    for name, deadline in (("taken", 2.0), ("expired", 3.0), ("waiting", 4.0)):
+        batcher.put("lane", piece([1], deadline=deadline, name=name))
+    assert ids(batcher.take(1.0, idle=True)) == ["taken0"]
+    assert batcher.expire(2.0) == []
+    assert batcher.wake_at(idle=False) == 3.0
+    assert [m.id for m in batcher.expire(3.0)] == ["expired0"]
+    assert batcher.wake_at(idle=False) == 4.0
+
+
 class BatcherMachine(RuleBasedStateMachine):
-    """Whatever is put in comes out exactly once, whole, with its own rows, in batches within the limits."""
+    """Whatever is put in comes out exactly once, whole, with its own rows, in batches within the limits.
+
+    It expires when its deadline has passed and not before, and is not held once it came out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +273,8 @@ class BatcherMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.count = 0
         self.waiting: dict[str, list[float]] = {}
-        self.parts: dict[str, int] = {}
+        self.deadlines: dict[str, float] = {}
+        self.columns: list[tuple[list[str], weakref.ref[Array]]] = []
 
     @rule(rows=st.lists(st.integers(1, 13), min_size=1, max_size=5), lane=st.sampled_from("ab"))
     def put(self, rows: list[int], lane: str) -> None:
@@ -192,8 +292,10 @@ class BatcherMachine(RuleBasedStateMachine):
             own = [self.count + i / 100 for i in range(n)]
             messages.append(Message(f"{lane}{self.count}", None, b"", (), None, 1, None))
             self.waiting[messages[-1].id] = own
+            self.deadlines[messages[-1].id] = math.inf if deadline is None else deadline
             values += own
-        column = np.array(values, np.float64).reshape(-1, 1)
+        column = owned(values)
+        self.columns.append(([m.id for m in messages], weakref.ref(column)))
         self.batcher.put(lane, Piece(messages, rows, [None] * len(rows), {"x": column}, self.now, 4.0, deadline))
 
     @rule(idle=st.booleans(), flush=st.booleans())
@@ -218,8 +320,29 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.01, 1))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        for m in self.batcher.expire(self.now):
-            del self.waiting[m.id]
+        late = {name for name in self.waiting if self.deadlines[name] <= self.now}
+        expired = self.batcher.expire(self.now)
+        assert Counter(m.id for m in expired) == Counter(late)
+        for name in late:
+            del self.waiting[name]
+        assert self.batcher.wake_at(idle=False) > self.now
+
+    @rule()
+    def devices_take_all_they_can(self) -> None:
+        while len(self.batcher) and self.batcher.wake_at(idle=True) <= self.now:
+            before = len(self.batcher)
+            self.take(idle=True, flush=False)
+            assert len(self.batcher) < before
+
+    @rule(flush=st.booleans())
+    def everything_comes_out(self, flush: bool) -> None:
+        if flush:
+            while len(self.batcher):
+                self.take(idle=True, flush=True)
+        else:
+            self.discard("")
+        assert not self.waiting
+        assert self.batcher.size() == 0
 
     @rule(lane=st.sampled_from("ab"))
     def discard(self, lane: str) -> None:
@@ -229,6 +352,17 @@ class BatcherMachine(RuleBasedStateMachine):
     @invariant()
     def what_waits_is_counted(self) -> None:
         assert len(self.batcher) == sum(map(len, self.waiting.values()))
+        assert self.batcher.size() == 4 * len(self.batcher)
+
+    @invariant()
+    def what_came_out_is_not_held(self) -> None:
+        self.columns = [(names, column) for names, column in self.columns if column() is not None]
+        assert all(not self.waiting.keys().isdisjoint(names) for names, _ in self.columns)
+
+    @invariant()
+    def no_deadline_is_slept_through(self) -> None:
+        earliest = min((self.deadlines[name] for name in self.waiting), default=math.inf)
+        assert self.batcher.wake_at(idle=False) <= earliest
 
 
 TestBatcher = BatcherMachine.TestCase

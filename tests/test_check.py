@@ -92,6 +92,34 @@ def test_a_model_that_cannot_serve_the_pipeline_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("[1.0]", "the model answered list, expected a dict of arrays"),
+        ("{'y': inputs['x'][:1]}", "expected [256, 2]"),
+        ("{'y': inputs['x'].astype('float64')}", "is float64, expected float32"),
+    ],
+)
+def test_a_python_model_that_fails_on_the_warm_up_batch_does_not_pass(
+    answer: str, told: str, write: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write("model: model.py\n")
+    tensor = "datatype: FP32, shape: [-1, 2]"
+    Path(file).with_name("model.yaml").write_text(
+        f"inputs: [{{name: x, {tensor}}}]\noutputs: [{{name: y, {tensor}}}]\n"
+    )
+    Path(file).with_name("model.py").write_text(
+        "from inferbus.models import Model\n\n\n"
+        f"class Mine(Model):\n    def predict(self, inputs):\n        return {answer}\n"
+    )
+    assert main(["check", file]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("inferbus: the warm-up batch failed: ")
+    assert told in captured.err
+
+
+@pytest.mark.parametrize(
     "lines",
     [
         "model: linear.onnx\nrequests: {format: raw}\n",

@@ -3,16 +3,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import pytest
 
 from inferbus.connectors.base import Fatal, Misconfigured, TooLarge, Unavailable
 from inferbus.models.base import InvalidModel
 from inferbus.worker import pipeline_file
-from inferbus.worker.cli import main
+from inferbus.worker.cli import NOT_YET, main
 from inferbus.worker.http import PortBusy
 from inferbus.worker.logs import UnknownLogFormat
+from inferbus.worker.outcomes import Code
 
 GOOD = """\
 name: digits
@@ -93,8 +94,8 @@ def test_help_lists_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
         (["run"], "the following arguments are required: PIPELINE.yaml"),
         (["run", "p.yaml", "--worker", "2"], "unrecognized arguments: --worker 2"),
         (["run", "p.yaml", "--workers", "0"], "expected a whole number of at least 1, got '0'"),
-        (["run", "p.yaml", "--until-idle", "-1"], "expected a number of seconds, got '-1'"),
-        (["run", "p.yaml", "--until-idle", "nan"], "expected a number of seconds, got 'nan'"),
+        (["run", "p.yaml", "--until-idle", "-1"], "expected seconds, such as 3 or 3s, got '-1'"),
+        (["run", "p.yaml", "--until-idle", "nan"], "expected seconds, such as 3 or 3s, got 'nan'"),
         (["run", "p.yaml", "--set", "drain"], "argument --set: expected a.b=value"),
         (["send", "p.yaml"], "the following arguments are required: --file"),
         (["errors"], "the following arguments are required: ACTION"),
@@ -103,6 +104,9 @@ def test_help_lists_the_commands_and_the_exit_codes(capsys: pytest.CaptureFixtur
             "expected a duration such as 30m or 2h, or a",
         ),
         (["errors", "replay", "p.yaml", "--rate", "0/s"], "expected more than 0/s"),
+        (["errors", "replay", "p.yaml", "--rate", "5m"], "expected a number, such as 10 or 10/s, got '5m'"),
+        (["errors", "list", "p.yaml", "--code", "foo"], f"expected one of {', '.join(get_args(Code))}, got 'foo'"),
+        (["errors", "replay", "p.yaml", "--stage", "decod"], "expected one of receive, decode, predict, encode, write"),
     ],
 )
 def test_what_cannot_be_meant_is_usage(argv: Sequence[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +114,13 @@ def test_what_cannot_be_meant_is_usage(argv: Sequence[str], told: str, capsys: p
         main(argv)
     assert ended.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_mistyped_command_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["chek"])
+    err = capsys.readouterr().err
+    assert [name for name in ("check", *NOT_YET) if name in err] == ["check"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +161,18 @@ def test_run_is_given_what_the_user_typed(file: str, monkeypatch: pytest.MonkeyP
     assert given == [("other", 3.0, {"workers": 3, "until_idle": 1.5})]
 
 
+@pytest.mark.parametrize(("written", "value"), [("3", 3.0), ("3s", 3.0), ("0.5", 0.5), ("2m", 120.0), ("0", 0.0)])
+def test_seconds_are_typed_with_their_unit_or_without(
+    written: str, value: float, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr("inferbus.worker.run.run", lambda *_, until_idle, **__: given.append(until_idle))
+    monkeypatch.setattr("inferbus.worker.send.send", lambda *_, timeout, **__: given.append(timeout))
+    main(["run", file, "--until-idle", written])
+    main(["send", file, "--file", "rows.jsonl", "--timeout", written])
+    assert given == [value, value]
+
+
 def test_a_wrong_pipeline_file_is_told_line_by_line_and_exits_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +184,7 @@ def test_a_wrong_pipeline_file_is_told_line_by_line_and_exits_1(
     assert captured.err.splitlines() == [
         f"{path}:5: ordre: unknown key; did you mean order?",
         f"{path}:6: drain: expected a number and its unit, such as 250ms, 5s, 2m or 1h, got 5",
-        "--set order: order: expected 'none' or 'key', got 'x'",
+        "--set order: expected 'none' or 'key', got 'x'",
     ]
 
 

@@ -611,6 +611,14 @@ def test_what_is_not_finite_is_null_in_json_and_itself_in_raw_form() -> None:
     assert np.array_equal(read_v2(*raw, ONE.outputs).outputs["y"], y[1:])
 
 
+def test_half_a_surrogate_pair_can_be_answered_in_no_form() -> None:
+    signature = Signature(ONE.inputs, (TensorSpec("y", "BYTES", (-1,)),))
+    request = orjson.dumps(v2_request() | {"parameters": {"binary_data_output": True}})
+    asks = v2(signature).decode([request], [()]).groups[0].asks
+    with pytest.raises(WrongAnswer, match="'y' holds half a surrogate pair"):
+        v2(signature).encode({"y": strings("\ud800")}, [1], asks, ["a"])
+
+
 def test_strings_that_are_not_utf8_can_be_answered_raw_but_not_as_json() -> None:
     signature = Signature(ONE.inputs, (TensorSpec("y", "BYTES", (-1,)),))
     for bad in (b"\xff", "\ud800"):

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import pytest
-from confluent_kafka import Consumer, Producer, TopicPartition, cimpl
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition, cimpl
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
-from inferbus.connectors.base import Bell, Failure, Headers, Misconfigured, Source, Unavailable, Unreadable
+from inferbus.connectors.base import Bell, Failure, Headers, Misconfigured, Records, Source, Unavailable, Unreadable
 from inferbus.connectors.kafka import KafkaProducer, KafkaSink, KafkaSource
 from inferbus.connectors.kafka_client import consumer_config, producer_config
 from tests.connector_contract import (
@@ -99,7 +100,9 @@ class KafkaContract(ConnectorContract):
         for _ in range(20):
             sink.write(records(100), failures.append)
         before = sink._client.producer
-        sink._client.fatal = True  # as a delivery report with a fatal error sets it
+        # The client's own way to have one. The address of its C object stands behind the two words of a Python object.
+        handle = ctypes.c_void_p.from_address(id(before) + 16)
+        assert ctypes.CDLL(cimpl.__file__).rd_kafka_test_fatal_error(handle, 45, b"as if") == 0
 
         def all_reported() -> bool:
             sink.tick()
@@ -403,6 +406,119 @@ def test_a_producer_takes_over_security_and_not_the_consumers_own_properties() -
     assert taken["sasl.password"] == "s"
     assert "group.instance.id" not in taken
     assert "fetch.wait.max.ms" not in taken
+
+
+class Member:
+    """A source on a thread of its own, which receives and settles until it is left."""
+
+    def __init__(self, source: KafkaSource) -> None:
+        self.source = source
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        until(lambda: bool(source._leases))
+
+    def _run(self) -> None:
+        with opened(self.source):
+            while not self._leave.is_set():
+                self.source.settle(self.source.receive(100))
+                self.source.tick(time.monotonic())
+                time.sleep(0.002)
+
+    def leave(self) -> None:
+        self._leave.set()
+        self._thread.join()
+
+
+@pytest.mark.broker
+def test_a_member_that_leaves_while_it_joins_leaves_no_ghost(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(), kafka.topic())
+    place.config["heartbeat.interval.ms"] = 1000  # after which the member that is there hears of the other
+    first = Member(place.source())
+    with opened(place.source()):
+        time.sleep(0.2)  # so that its join is under way, which waits for the first
+    group = first.source._config["group.id"]
+    admin = AdminClient({"bootstrap.servers": kafka.brokers})
+    members = admin.describe_consumer_groups([group])[group].result().members
+    first.leave()
+    assert len(members) == 1
+
+
+@pytest.mark.broker
+def test_a_group_that_begins_at_the_end_skips_nothing_after_a_crash(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(1), kafka.topic(1))
+    place.publish(b"before")
+    killed, next_life = (
+        KafkaSource(place.requests, "g" + place.requests, place.config, start="latest") for _ in range(2)
+    )
+    killed.open(Bell(), no_drain)
+    until(lambda: killed.receive(10) == [] and bool(killed._leases))
+    place.publish(b"after")
+    assert [m.body for m in receive(killed, 1)] == [b"after"]
+    place.kill(killed)  # before it has committed anything of its own
+    with opened(next_life):
+        messages = receive(next_life, 1)
+        assert [m.body for m in messages] == [b"after"]
+        settle(next_life, messages)
+
+
+@pytest.mark.broker
+def test_a_topic_made_anew_is_read_from_its_new_start(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(1), kafka.topic(1))
+    admin = AdminClient({"bootstrap.servers": kafka.brokers})
+    for i in range(20):
+        place.publish(b"%d" % i)
+    with opened(place.source()) as source:
+        settle(source, receive(source, 20))
+        admin.delete_topics([place.requests])[place.requests].result()
+        until(lambda: place.requests not in admin.list_topics(timeout=PATIENCE).topics)
+        admin.create_topics([NewTopic(place.requests, 1)])[place.requests].result()
+        for i in range(10):
+            place.publish(b"new %d" % i)
+        messages = receive(source, 10)
+        assert [m.body for m in messages] == [b"new %d" % i for i in range(10)]
+        settle(source, messages)
+
+
+@pytest.mark.broker
+def test_outcomes_of_added_partitions_go_where_the_sink_has_room(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(1), kafka.topic(1))
+    place.config["topic.metadata.refresh.interval.ms"] = 500
+    sink = place.sink()
+    sink.open(Bell())
+    with opened(place.source()) as source:
+        until(lambda: source.receive(1) == [] and bool(source._leases))  # type: ignore[attr-defined]
+        admin = AdminClient({"bootstrap.servers": kafka.brokers})
+        admin.create_partitions([NewPartitions(place.requests, 3)])[place.requests].result()
+        producer = Producer({"bootstrap.servers": kafka.brokers, "topic.metadata.refresh.interval.ms": 500})
+        for partition in range(3):
+            until(lambda p=partition: produced(producer, place.requests, p))  # type: ignore[misc]
+        assert not source.exhausted()
+        messages = receive(source, 3)
+        assert len(messages) == 3
+        assert write(sink, Records(messages, [None] * 3, [b""] * 3, [[]] * 3)) == []
+        settle(source, messages)
+        assert source.exhausted()
+    sink.close(1.0)
+
+
+def produced(producer: Producer, topic: str, partition: int) -> bool:
+    try:
+        producer.produce(topic, b"x", partition=partition)
+    except KafkaException:  # the client has yet to hear of the partition
+        producer.poll(0.05)
+        return False
+    return bool(producer.flush(PATIENCE) == 0)
+
+
+@pytest.mark.broker
+def test_keys_and_headers_count_as_bytes_in_flight(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(1), kafka.topic(1))
+    place.publish(b"body", key=b"k" * 10, headers=(("h", b"v" * 1000),))
+    with opened(place.source()) as source:
+        messages = receive(source, 1)
+        assert source.inflight() == (1, 1014)
+        settle(source, messages)
 
 
 @pytest.mark.broker

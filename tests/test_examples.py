@@ -1,16 +1,19 @@
 """What stands in examples/ is what it says, and runs."""
 
+import uuid
 from pathlib import Path
 
 import orjson
 import pytest
 
+from examples import create_topics
 from inferbus.models.codecs import codec
 from inferbus.models.repository import executors
 from inferbus.worker import build
 from inferbus.worker.cli import main
 from inferbus.worker.demo import PIPELINE, SHIPPED
 from inferbus.worker.pipeline_file import load
+from tests.servers import Kafka
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PIPELINES = [EXAMPLES / "digits.yaml", EXAMPLES / "python_model" / "pipeline.yaml"]
@@ -46,3 +49,15 @@ def test_the_python_model_answers_its_requests_but_the_wrong_one() -> None:
     outputs = [orjson.loads(answer)["outputs"] for answer in answers]
     assert [output["review"] for output in outputs] == [False, True, False]
     assert outputs[0]["risk"] == pytest.approx(0.0112, abs=1e-4)
+
+
+@pytest.mark.broker
+def test_topics_are_created_where_they_are_missing(kafka: Kafka, capsys: pytest.CaptureFixture[str]) -> None:
+    there, missing = kafka.topic(), f"t-{uuid.uuid4().hex}"
+    assert create_topics.main([kafka.brokers, there, missing, missing, "--partitions", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{there}: is there already",
+        f"{missing}: created with 3 partitions",
+    ]
+    assert create_topics.main([kafka.brokers, "no topic's name"]) == 1
+    assert "no topic's name: " in capsys.readouterr().err

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inferbus.models.base import Executor, InvalidModel, Signature, Tensors, TensorSpec
+from inferbus.models.base import Executor, InvalidModel, Signature, Tensors, TensorSpec, WrongAnswer
+from inferbus.models.codecs import check_outputs
 from inferbus.models.python import PythonExecutor
 from tests import tiny_models
 from tests.executor_contract import ExecutorContract
@@ -156,4 +157,37 @@ def test_a_model_that_works_in_place_leaves_the_batch_as_it_was_even_when_it_fai
     with pytest.raises(AssertionError):
         executor.predict(poison)
     assert poison["x"].tolist() == [[1, 1, 1], [5, 5, 5]]
+    executor.close()
+
+
+def test_a_model_that_fills_one_array_again_and_again_changes_no_answer_given_before(tmp_path: Path) -> None:
+    source = (
+        "import numpy as np\nfrom inferbus.models import Model\n\n\nclass Buffered(Model):\n"
+        "    def load(self):\n        self.out = np.empty((8, 3), np.float32)\n\n"
+        "    def predict(self, inputs):\n        out = self.out[:len(inputs['x'])]\n"
+        "        np.multiply(inputs['x'], 2, out=out)\n        return {'y': out}\n"
+    )
+    executor = made(tmp_path, source)
+    executor.load()
+    first = executor.predict(ONES)
+    executor.predict({"x": ONES["x"] * 5})
+    assert first["y"].tolist() == [[2.0] * 3] * 2
+    executor.close()
+
+
+@pytest.mark.parametrize("answer", ["None", "[1]", "{'y': [1]}"])
+def test_what_is_no_dict_of_arrays_is_left_to_the_check_of_outputs(tmp_path: Path, answer: str) -> None:
+    source = "from inferbus.models import Model\nclass Odd(Model):\n    def predict(self, inputs):\n        return "
+    executor = made(tmp_path, source + answer)
+    executor.load()
+    with pytest.raises(WrongAnswer):
+        check_outputs(executor.predict(ONES), 2, SIGNATURE)
+
+
+def test_an_error_of_predict_has_a_note_of_the_line_in_the_users_file(tmp_path: Path) -> None:
+    executor = made(tmp_path)
+    executor.load()
+    with pytest.raises(ValueError, match="a poison row") as caught:
+        executor.predict({"x": np.full((1, 3), 666, np.float32)})
+    assert caught.value.__notes__ == ["model.py line 11"]
     executor.close()

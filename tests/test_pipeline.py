@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
-from inferbus.connectors.base import Headers, Unavailable
+from inferbus.connectors.base import Headers, TooLarge, Unavailable
 from inferbus.connectors.memory import MemoryBus, MemorySink, MemorySource
-from inferbus.models.base import Executor, InvalidModel, InvalidRequest, ModelInfo, Signature, Tensors, TensorSpec
+from inferbus.models.base import (
+    Decoded,
+    Executor,
+    InvalidModel,
+    InvalidRequest,
+    ModelInfo,
+    Signature,
+    Tensors,
+    TensorSpec,
+)
+from inferbus.models.codec_v2 import V2Codec
 from inferbus.models.codecs import codec
+from inferbus.models.python import PythonExecutor
 from inferbus.models.warmup import warm_up_input
+from inferbus.worker.devices import warm_up
 from inferbus.worker.metrics import Metrics
 from inferbus.worker.pipeline import Limits, Pipeline
+from tests import tiny_models
 
 SIGNATURE = Signature((TensorSpec("x", "FP32", (-1, 2)),), (TensorSpec("y", "FP32", (-1, 2)),))
 
@@ -31,7 +48,7 @@ class Doubler:
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.sick = False
-        self.before: Callable[[], None] = lambda: None
+        self.before: Callable[[], object] = lambda: None
 
     def load(self) -> None:
         """Nothing to load."""
@@ -50,6 +67,19 @@ class Doubler:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+class Raising(Doubler):
+    """Raises an error on a row that begins with a number."""
+
+    def __init__(self, error: BaseException, on: float) -> None:
+        super().__init__()
+        self.error, self.on = error, on
+
+    def predict(self, inputs: Tensors) -> Tensors:
+        if (inputs["x"][:, 0] == self.on).any():
+            raise self.error
+        return super().predict(inputs)
 
 
 class Setting:
@@ -209,6 +239,87 @@ def test_a_model_that_fails_its_warm_up_is_never_served() -> None:
         started(model)
 
 
+STRANGE = [SystemExit(2), asyncio.CancelledError(), KeyboardInterrupt()]  # no `Exception` is among them
+
+
+@pytest.mark.parametrize("error", STRANGE, ids=repr)
+def test_whatever_a_model_raises_fails_its_request_alone_and_the_device_lives_on(error: BaseException) -> None:
+    s = started(Raising(error, on=7.0))
+    for i in range(20):
+        s.ask(float(i))
+    with capture_logs() as logs:
+        s.run()
+    assert sorted(s.answers()) == sorted(f"memory-{i}" for i in range(20) if i != 7)
+    assert [(e["id"], e["code"]) for e in s.faults().values()] == [("memory-7", "model_error")]
+    assert [entry["id"] for entry in logs if entry["event"] == "predict_failed"] == ["memory-7"]
+    assert s.pipeline.live() == []
+
+
+@pytest.mark.parametrize("error", STRANGE, ids=repr)
+def test_whatever_a_model_raises_at_its_warm_up_is_told_and_not_waited_for(error: BaseException) -> None:
+    with pytest.raises(InvalidModel, match=type(error).__name__):
+        started(Raising(error, on=0.0))
+
+
+def test_a_device_whose_thread_has_ended_is_reported_as_dead_until_it_is_closed() -> None:
+    s = started()
+    (device,) = s.pipeline._devices
+    device._batches.put(None)
+    device._thread.join()
+    assert s.pipeline.live() == ["the device's thread has ended"]
+    s.pipeline.close(0.0)
+    assert s.pipeline.live() == []
+
+
+def test_a_warm_up_that_fails_names_the_line_of_the_users_file(tmp_path: Path) -> None:
+    source = "from inferbus.models import Model\n\n\nclass Wrong(Model):\n    def predict(self, inputs):\n"
+    path = tiny_models.python_model(tmp_path, source + "        return inputs['z']\n")
+    executor = PythonExecutor(path, "wrong", "1", signature=SIGNATURE)
+    executor.load()
+    with pytest.raises(InvalidModel, match=r"^the warm-up batch failed: KeyError: 'z' \(model\.py line 6\)$"):
+        warm_up(executor, warm_up_input(SIGNATURE, 8))
+
+
+def test_a_refusal_is_cut_to_what_any_record_can_carry() -> None:
+    s = started(Raising(InvalidRequest("\ud800" + "v" * 2_000_000), on=7.0))
+    s.ask(7.0)
+    s.run()
+    assert s.faults()["memory-0"]["message"] == "?" + "v" * 299
+
+
+class Fragile(V2Codec):
+    """Has bugs: one request it fails to read, to another it fails to write the answer."""
+
+    def decode(self, bodies: Sequence[bytes], headers: Sequence[Sequence[tuple[str, bytes]]]) -> Decoded:
+        if any(b"unread" in body for body in bodies):
+            raise ZeroDivisionError("secret of the codec")
+        return super().decode(bodies, headers)
+
+    def encode(
+        self, outputs: Tensors, rows: Sequence[int], asks: Sequence[object], ids: Sequence[str]
+    ) -> tuple[list[bytes], list[Sequence[tuple[str, bytes]]]]:
+        if "unwritten" in asks:
+            raise ZeroDivisionError("secret of the codec")
+        return super().encode(outputs, rows, asks, ids)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("unread", "decode"), ("unwritten", "encode")])
+def test_an_error_of_a_codec_ends_one_request_as_internal_and_says_nothing_of_it(name: str, stage: str) -> None:
+    s = Setting()
+    s.pipeline._codec_for = lambda signature, info: Fragile(signature, info, 1000)
+    s.pipeline.start(5.0)
+    for i in range(8):
+        s.ask(float(i), id=name if i == 5 else "fine")
+    with capture_logs() as logs:
+        s.run()
+    assert len(s.answers()) == 7
+    (error,) = s.faults().values()
+    assert (error["id"], error["code"], error["stage"]) == ("memory-5", "internal", stage)
+    assert "secret" not in error["message"]
+    (entry,) = [entry for entry in logs if entry["event"] == f"{stage}_failed"]
+    assert (entry["id"], type(entry["exc_info"])) == ("memory-5", ZeroDivisionError)
+
+
 def test_a_request_larger_than_a_batch_comes_back_whole() -> None:
     model = Doubler()
     s = started(model)
@@ -307,6 +418,22 @@ def test_an_error_record_too_large_for_its_sink_goes_without_the_body() -> None:
     ((_, _, body, _),) = s.errors.written
     assert body == b""
     assert s.faults()["memory-0"]["body"] == "omitted"
+
+
+def test_an_error_record_no_form_of_which_is_taken_waits_in_its_smallest() -> None:
+    s = started(limits=Limits(max_rows=8, max_inflight=4, max_backoff=0.01))
+    s.errors.refuse = lambda _: TooLarge("over 10 bytes")
+    s.bus.publish(b"not json", b"k" * 2000, (("inferbus-id", b"i" * 2000),))
+    with capture_logs() as logs:
+        s.run(lambda: len([entry for entry in logs if entry["event"] == "unwritable"]) == 3)
+    assert s.source.settled == []
+    s.errors.refuse = lambda _: None
+    s.run()
+    ((_, key, body, headers),) = s.errors.written
+    assert (key, body, [name for name, _ in headers]) == (b"k" * 1024, b"", ["inferbus-error"])
+    (error,) = s.faults().values()
+    assert (error["id"], error["code"], error["body"]) == ("i" * 1024, "invalid_request", "omitted")
+    assert s.source.settled == [0]
 
 
 def test_a_sink_that_is_away_loses_nothing_and_stops_the_intake() -> None:
@@ -441,6 +568,82 @@ def test_what_a_revocation_has_no_time_for_is_left_to_the_next_owner() -> None:
     assert sorted(s.source.settled) == list(range(20))
     assert set(s.answers()) == {f"memory-{i}" for i in range(20)}
     assert len(s.sink.written) <= 20 + 2 * 17
+
+
+def test_a_deadline_that_passes_during_a_revocation_is_kept() -> None:
+    model, told = Doubler(), threading.Event()
+    s = started(model, limits=Limits(max_rows=1, max_inflight=64))
+    model.before = lambda: told.wait(5.0)
+    s.errors.refuse = lambda _: told.set()
+    s.ask(1.0)
+    s.run(lambda: bool(s.pipeline._devices[0].queued))
+    s.ask(2.0, headers=(("inferbus-timeout-ms", b"50"),))
+    s.run(lambda: s.source.inflight()[0] == 2)
+    s.source.revoke(budget=10.0)
+    assert sorted(s.answers()) == ["memory-0"]
+    assert s.faults()["memory-1"]["code"] == "expired"
+
+
+def test_an_outcome_that_comes_after_its_request_was_given_away_harms_nothing_in_order() -> None:
+    model, gate = Doubler(), threading.Event()
+    s = started(model, limits=Limits(max_rows=2, max_inflight=64), ordered=True)
+    model.before = lambda: gate.wait(5.0)
+    s.ask(666.0, rows=20, key=b"k")  # ten parts, the first fails in the model
+    s.ask(1.0, key=b"k")
+    s.run(lambda: bool(s.pipeline._devices[0].queued))
+    s.source.revoke(budget=0.0)
+    s.source.away = "nothing of this key comes again yet"
+    s.pipeline.step()
+    gate.set()
+    s.run(lambda: not s.pipeline._busy())
+    s.source.away = None
+    s.run()
+    assert sorted(s.answers()) == ["memory-1"]
+    assert len(s.errors.written) == 1
+    assert s.source.settled == [0, 1]
+
+
+def test_outcomes_of_requests_given_away_are_dropped_when_their_sink_is_tried_again() -> None:
+    s = started(limits=Limits(max_rows=8, max_inflight=16, max_backoff=0.01))
+    s.sink.refuse = lambda _: Unavailable("away")
+    delivery, highest = s.pipeline._delivery, 0
+
+    def everything_waits() -> bool:
+        nonlocal highest
+        highest = max(highest, delivery.pending())
+        return s.source.inflight()[0] == delivery.pending() == 16
+
+    for i in range(16):
+        s.ask(float(i))
+    for _ in range(5):
+        s.run(everything_waits)
+        s.source.revoke(budget=0.0)
+    s.run(everything_waits)
+    s.sink.refuse = lambda _: None
+    s.run()
+    assert highest == 16
+    assert sorted(s.answers()) == sorted(f"memory-{i}" for i in range(16))
+    assert len(s.sink.written) == 16
+    assert sorted(s.source.settled) == list(range(16))
+    assert (delivery.pending(), delivery.size()) == (0, 0)
+
+
+@pytest.mark.parametrize("limits", [Limits(8, max_inflight=16), Limits(8, max_inflight_bytes=16 * 80)])
+def test_outcomes_of_requests_given_away_take_room_while_their_sink_has_them(limits: Limits) -> None:
+    s = started(limits=limits)
+    s.sink.held = True
+    for i in range(100):
+        s.ask(float(i))
+    s.run(lambda: s.pipeline._credit() == 0 and s.source.inflight()[0] == s.pipeline._delivery.pending())
+    taken = s.source.inflight()
+    s.source.lose()
+    for _ in range(20):
+        s.pipeline.step()
+    assert s.source.inflight() == (0, 0)
+    assert (s.pipeline._delivery.pending(), s.pipeline._delivery.size()) == taken
+    s.sink.held = False
+    s.run()
+    assert sorted(s.source.settled) == list(range(100))
 
 
 def test_draining_finishes_what_came_and_takes_no_more() -> None:

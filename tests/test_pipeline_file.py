@@ -247,6 +247,44 @@ def test_an_override_reaches_into_a_list_by_position(write: Any) -> None:
     assert load(write(text), ["sink.0.kafka.topic=b"]).sink[0].kafka.topic == "b"
 
 
+@pytest.mark.parametrize(
+    "written", ["sink: {kafka: {topic: a}}", "sink: [{kafka: {topic: a}}]", "sink: {kafka: {topic: a}}\nerrors:"]
+)
+def test_position_0_is_also_the_only_place_where_there_is_no_list(write: Any, written: str) -> None:
+    text = GOOD.replace("sink:\n  kafka: {topic: digits.predictions}", written)
+    settings = load(write(text), ["sink.0.kafka.topic=b", "errors.0={kafka: {topic: c}}"])
+    assert [place.kafka.topic for place in (*settings.sink, *settings.errors)] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("written", "path", "name"),
+    [
+        ("digits.onnx", "digits.onnx", None),
+        ("digits@3", None, "digits@3"),
+        ("${FILE}", "m/digits.onnx", None),
+        ("${NAME}@${VERSION:-7}", None, "digits@7"),
+    ],
+)
+def test_an_override_reaches_into_a_model_in_its_short_form(
+    write: Any, written: str, path: str | None, name: str | None
+) -> None:
+    text = GOOD.replace("model: digits.onnx", f"model: {written}\nrepository: models")
+    environ = {"FILE": "m/digits.onnx", "NAME": "digits"}
+    model = load(write(text), ["model.replicas=2", "model.device=cuda"], environ).model
+    assert (model.replicas, model.device) == (2, "cuda")
+    assert (model.path, model.name) == (None if path is None else Path(path), name)
+
+
+def test_an_override_of_the_path_replaces_a_model_in_its_short_form(write: Any) -> None:
+    assert load(write(GOOD), ["model=a.onnx", "model.path=b.onnx"]).model.path == Path("b.onnx")
+
+
+def test_an_override_beside_a_short_model_that_is_wrong_tells_it_once(problems: Any) -> None:
+    assert problems(GOOD.replace("digits.onnx", "${FILE}"), "model.replicas=2") == [
+        "p.yaml:2: model.name: the variable FILE is not set; set it, or write ${FILE:-default}"
+    ]
+
+
 def test_an_override_replaces_null_by_a_mapping(write: Any) -> None:
     settings = load(write(GOOD + "http: null\n"), ["http.port=1"])
     assert settings.http is not None
@@ -254,10 +292,10 @@ def test_an_override_replaces_null_by_a_mapping(write: Any) -> None:
 
 
 def test_a_wrong_override_is_named_in_place_of_file_and_line(problems: Any) -> None:
-    assert problems(GOOD, "batch.max_rows=x", "batch.max_row=3", "model.path=a.onnx", "sink.kafka={topik: x}") == [
-        "--set batch.max_row: batch.max_row: unknown key; did you mean max_rows?",
-        "--set batch.max_rows: batch.max_rows: expected a whole number, got 'x'",
-        "--set model.path: model.path: cannot be set: model is no mapping in the file",
+    assert problems(GOOD, "batch.max_rows=x", "batch.max_row=3", "name.path=a.onnx", "sink.kafka={topik: x}") == [
+        "--set batch.max_row: unknown key; did you mean max_rows?",
+        "--set batch.max_rows: expected a whole number, got 'x'",
+        "--set name.path: cannot be set: name is no mapping in the file",
         "--set sink.kafka: sink.kafka.topic: is missing; expected: Topic the records are written to. It must exist.",
         "--set sink.kafka: sink.kafka.topik: unknown key; did you mean topic?",
     ]
@@ -310,11 +348,33 @@ def test_a_variable_that_has_no_value_is_named_with_its_line(problems: Any) -> N
         "p.yaml:9: retry.start: ${file:gone} cannot be read: No such file or directory",
         "p.yaml:10: retry.bounded: expected ${VAR}, ${VAR:-default} or ${file:/path}; a plain $ is written $$",
         "p.yaml:11: retry.max_backoff: expected ${VAR}, ${VAR:-default} or ${file:/path}; a plain $ is written $$",
-        "--set order: order: the variable ORDER is not set; set it, or write ${ORDER:-default}",
+        "--set order: the variable ORDER is not set; set it, or write ${ORDER:-default}",
     ]
 
 
+def test_a_secret_that_cannot_be_read_is_told_with_its_path(problems: Any) -> None:
+    text = GOOD.replace("requests}", "requests, config: {sasl.password: 'hunter2-${file:/nope/password}'}}")
+    (problem,) = problems(text)
+    assert problem.endswith(": ${file:/nope/password} cannot be read: No such file or directory")
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize("brokers", ["h:port", "a:1, h:port", "h:", "h:0", "h:65536", "ssl://h:port", "[::1]:port"])
+def test_an_address_whose_port_is_no_number_is_named(problems: Any, brokers: str) -> None:
+    port = brokers.rpartition(":")[2]
+    address = brokers.rpartition(", ")[2]
+    assert problems(GOOD.replace("localhost:9092", brokers)) == [
+        f"p.yaml:4: source.kafka.brokers: {port!r} in {address!r} is no port; expected host:port"
+    ]
+    told = problems(GOOD, f"sink.kafka.brokers='{brokers}'")
+    assert told == [f"--set sink.kafka.brokers: {port!r} in {address!r} is no port; expected host:port"]
+
+
+@pytest.mark.parametrize("brokers", ["h", "h:1,g:65535", "[::1]:9092", "[::1]", "SASL_SSL://h:9092", "ssl://h"])
+def test_an_address_needs_no_port_and_may_have_a_protocol(write: Any, brokers: str) -> None:
+    assert load(write(GOOD.replace("localhost:9092", brokers))).source.kafka.brokers == brokers
 
 
 def test_every_mistake_is_told_at_once_with_its_line(problems: Any) -> None:
@@ -438,7 +498,7 @@ errors:
 def test_a_mistake_is_not_told_again_as_a_contradiction(problems: Any) -> None:
     # With the default in its place, 256MiB, max_bytes would be too large.
     assert problems(GOOD, "batch.max_bytes=1GiB", "flow.max_inflight_bytes=2GB") == [
-        "--set flow.max_inflight_bytes: flow.max_inflight_bytes: "
+        "--set flow.max_inflight_bytes: "
         "expected a size such as 512B, 64KiB, 16MiB or 1GiB, or a number of bytes, got '2GB'",
     ]
 
@@ -475,6 +535,13 @@ def test_a_librdkafka_property_that_is_a_setting_of_ours_is_refused(problems: An
             "a: 1\n---\nb: 2\n",
             "p.yaml:2: is not valid YAML: expected a single document in the stream but found another",
         ),
+        ("a:\n\tb: 1", "p.yaml:2: is not valid YAML: it is indented with a tab; indent with spaces"),
+        ("a:\n  b: 1\n\tc: 2", "p.yaml:3: is not valid YAML: it is indented with a tab; indent with spaces"),
+        (
+            "a:\n  b: {c: d, e: ${X:-h:9}, f: g}",
+            "p.yaml:2: is not valid YAML: did not find expected ',' or '}'; put ${...} in quotes",
+        ),
+        ("a: [${X}]", "p.yaml:1: is not valid YAML: did not find expected ',' or ']'; put ${...} in quotes"),
         ("a: *gone", "p.yaml:1: is not valid YAML: found undefined alias"),
         ("a: &x {b: *x}", "p.yaml: is not valid YAML: it is nested without end"),
         ("a: \x01", "p.yaml: is not valid YAML: control characters are not allowed"),
@@ -576,8 +643,8 @@ def test_a_mistake_beside_a_secret_does_not_tell_it(problems: Any, override: str
     text = GOOD.replace("topic: digits.requests}", "topic: in, config: {sasl.password: '${PW}', sasl.passwrd: 3}}")
     told = "\n".join(problems(text, override, "drain=${PW}", "order=${PW}", "http.port=${PW}", PW="hunter2"))
     assert "hunter2" not in told.replace(override, "")
-    assert "--set drain: drain: expected a number and its unit" in told
-    assert "--set order: order: expected 'none' or 'key', got '***'" in told
+    assert "--set drain: expected a number and its unit" in told
+    assert "--set order: expected 'none' or 'key', got '***'" in told
 
 
 def test_a_short_secret_is_hidden_as_a_word_and_leaves_other_words_alone() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
+from inferbus.models.base import Signature
 from inferbus.worker.logs import Screen
 from inferbus.worker.pipeline_file import load
 from inferbus.worker.progress import ProgressLine
@@ -130,6 +133,21 @@ def test_a_sick_device_is_a_failure_for_the_supervisor(tmp_path: Path) -> None:
     w.setting.ask(1.0)
     assert w.serve() == BUG
     assert w.setting.errors.written == []
+
+
+def test_a_signal_while_the_model_loads_ends_the_worker_cleanly_and_never_ready(tmp_path: Path) -> None:
+    w, loading = Worker(tmp_path), threading.Event()
+
+    def load() -> None:
+        w.watch.on_signal(15, None)
+        loading.wait(5.0)
+
+    w.model.load = load  # type: ignore[method-assign]
+    w.model.signature = Signature((), ())  # not known before the model is loaded
+    with capture_logs() as logs:
+        assert w.serve() == DONE
+    loading.set()
+    assert [entry["event"] for entry in logs] == ["stopped"]
 
 
 @pytest.mark.parametrize("signals", [1, 2])

@@ -1,6 +1,8 @@
 import json
+import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,15 +100,59 @@ def rows(tmp_path: Path) -> Callable[[str], str]:
 def test_each_line_is_published_as_one_request_with_an_id_of_its_own(
     bench: Bench, rows: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = rows('{"id": "own", "x": 1}\n\n  \n{"x": 2}\r\n{"x": 3}')
+    file = rows('{"x": 1}\n\n  \n{"id": "", "x": 2}\r\n{"id": 3}\n[]\nno JSON')
     assert main(["send", bench.file, "--file", file]) == 0
     taken = bench.taken(bench.source)
-    assert sorted(body for _, body, _ in taken) == [b'{"id": "own", "x": 1}', b'{"x": 2}', b'{"x": 3}']
+    assert sorted(body for _, body, _ in taken) == [b"[]", b"no JSON", b'{"id": "", "x": 2}', b'{"id": 3}', b'{"x": 1}']
     assert {key for key, _, _ in taken} == {None}
-    ids = [dict(headers)["inferbus-id"] for _, _, headers in taken]
-    assert len(set(ids)) == 3
-    assert b"own" not in ids
-    assert capsys.readouterr().err == f"inferbus: 3 requests published to {bench.source}\n"
+    assert len({uuid.UUID(dict(headers)["inferbus-id"].decode()) for _, _, headers in taken}) == 5
+    assert capsys.readouterr().err == f"inferbus: 5 requests published to {bench.source}\n"
+
+
+def test_a_request_is_called_by_the_id_in_its_body(bench: Bench, rows: Callable[[str], str]) -> None:
+    file = rows('{"id": "own", "inputs": []}\n{"id": "größer", "inputs": []}\n')
+    assert main(["send", bench.file, "--file", file]) == 0
+    ids = {dict(headers)["inferbus-id"].decode() for _, _, headers in bench.taken(bench.source)}
+    assert ids == {"own", "größer"}
+
+
+def test_an_input_called_id_is_no_id(bench: Bench, rows: Callable[[str], str]) -> None:
+    file = rows('{"id": "a customer, say"}\n')
+    assert main(["send", bench.file, "--file", file, "--set", "requests.format=json"]) == 0
+    ((_, _, headers),) = bench.taken(bench.source)
+    assert len(uuid.UUID(dict(headers)["inferbus-id"].decode()).bytes) == 16
+
+
+def test_an_empty_file_is_told_as_no_requests(
+    bench: Bench, rows: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wait in ([], ["--wait"]):
+        assert main(["send", bench.file, "--file", rows(""), *wait]) == 0
+        assert capsys.readouterr() == ("", f"inferbus: 0 requests published to {bench.source}\n")
+
+
+def test_a_line_that_is_no_text_is_named_before_anything_is_published(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "latin1.jsonl"
+    file.write_bytes(b'{}\n\n{"x": "\xe9"}\n')
+    for form in ("v2", "json", "text"):
+        assert main(["send", bench.file, "--file", str(file), "--set", f"requests.format={form}"]) == 1
+        told = f"inferbus: {file}:3: is not text in UTF-8, as requests.format {form} is\n"
+        assert capsys.readouterr().err == told
+    assert bench.taken(bench.source) == []
+    assert main(["send", bench.file, "--file", str(file), "--set", "requests.format=raw"]) == 0
+    assert len(bench.taken(bench.source)) == 2
+
+
+def test_the_lines_of_a_pipe_are_sent_though_they_can_be_read_only_once(bench: Bench, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"1\n2\n",))
+    writer.start()
+    assert main(["send", bench.file, "--file", str(pipe)]) == 0
+    writer.join()
+    assert sorted(body for _, body, _ in bench.taken(bench.source)) == [b"1", b"2"]
 
 
 def answer(bench: Bench, count: int) -> None:
@@ -145,6 +191,19 @@ def test_wait_prints_the_outcome_of_each_request_and_of_no_other(
     assert sorted(fine, key=str) == [{"base64": "//4="}, {"outputs": []}, {"outputs": []}]
 
 
+def test_wait_waits_for_each_of_the_requests_that_share_an_id(
+    bench: Bench, rows: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = threading.Thread(target=answer, args=(bench, 3))
+    worker.start()
+    code = main(["send", bench.file, "--file", rows('{"id": "twice"}\n{"id": "once"}\n{"id": "twice"}\n'), "--wait"])
+    worker.join()
+    captured = capsys.readouterr()
+    assert code == 0
+    assert sorted(json.loads(line)["id"] for line in captured.out.splitlines()) == ["once", "twice", "twice"]
+    assert captured.err == f"inferbus: 3 requests published to {bench.source}\n"
+
+
 def answer_to_nobody(bench: Bench) -> None:
     bench.write(bench.sink, b"{}", [("inferbus-id", b"someone else's, meanwhile")])
     bench.write(bench.errors, b"{}", [])
@@ -157,7 +216,10 @@ def test_outcomes_that_do_not_come_are_counted_and_exit_3(
     assert main(["send", bench.file, "--file", file, "--wait", "--timeout", "0.2"]) == 3
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "inferbus: 2 requests without an outcome after 0.2 s\n"
+    assert captured.err.splitlines() == [
+        f"inferbus: 2 requests published to {bench.source}",
+        "inferbus: 2 requests without an outcome after 0.2 s; is a worker running?",
+    ]
 
 
 def test_a_file_that_is_not_there_and_a_topic_that_is_not_there_are_named(
@@ -286,6 +348,59 @@ def test_a_replay_leaves_what_has_no_body_and_what_was_replayed_enough(
     )
     taken = {body: dict(headers)["inferbus-replays"] for _, body, headers in bench.taken(bench.source)}
     assert taken == {b"body of twice": b"3", b"body of forged": b"1"}
+
+
+def test_a_request_with_several_records_is_replayed_once_and_as_often_as_its_newest_says(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for replays in (0, 2, 1):
+        # The count decides: clocks of workers may differ.
+        own = [("inferbus-id", b"a"), *([("inferbus-replays", b"%d" % replays)] if replays else [])]
+        bench.fail("a", headers=own, time=1_700_000_000.0 - replays)
+    for i in (1, 3, 2):
+        bench.fail("b", headers=[("inferbus-id", b"b"), ("attempt", b"%d" % i)], time=1_700_000_000.0 + i)
+    for flags in (["--dry-run"], []):
+        assert main(["errors", "replay", bench.file, *flags]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("2 ")
+    assert sorted(headers for _, _, headers in bench.taken(bench.source)) == [
+        [("inferbus-id", b"a"), ("inferbus-replays", b"3")],
+        [("inferbus-id", b"b"), ("attempt", b"3"), ("inferbus-replays", b"1")],
+    ]
+
+
+def test_a_request_that_always_fails_is_replayed_three_times_by_however_many_commands(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.fail("a", headers=[("inferbus-id", b"a")])
+    for i in range(5):
+        assert main(["errors", "replay", bench.file]) == 0
+        for _, _, headers in bench.taken(bench.source)[i:]:
+            bench.fail("a", headers=headers, time=1_700_000_001.0 + i)
+    assert len(bench.taken(bench.source)) == 3
+    assert (
+        capsys.readouterr().out.splitlines()[3:]
+        == ["0 replayed; 1 left, for they were replayed enough (--max-replays 3)"] * 2
+    )
+
+
+def test_only_the_newest_record_of_a_request_says_whether_it_is_meant(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.fail("a", "model_error")
+    bench.fail("a", "invalid_request", headers=[("inferbus-replays", b"1")])
+    assert main(["errors", "replay", bench.file, "--code", "model_error"]) == 0
+    assert main(["errors", "replay", bench.file, "--code", "invalid_request"]) == 0
+    assert capsys.readouterr().out == "0 replayed\n1 replayed\n"
+
+
+def test_a_request_whose_deadline_has_passed_is_left(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    soon = int(time.time() * 1000) + 3_600_000
+    bench.fail("past", "expired", headers=[("inferbus-deadline-ms", b"1700000000000")])
+    bench.fail("ahead", "model_error", headers=[("inferbus-deadline-ms", b"%d" % soon)])
+    bench.fail("relative", "expired", headers=[("inferbus-timeout-ms", b"5")])
+    assert main(["errors", "replay", bench.file]) == 0
+    assert capsys.readouterr().out == "2 replayed; 1 left, for their deadlines (inferbus-deadline-ms) have passed\n"
+    assert {body for _, body, _ in bench.taken(bench.source)} == {b"body of ahead", b"body of relative"}
 
 
 def test_a_dry_run_says_what_it_would_replay_and_publishes_nothing(

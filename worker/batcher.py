@@ -6,11 +6,13 @@ Batches are work-conserving: an idle device takes what is there at once, and whi
 Rows and bytes are counted, never requests; a request larger than a batch is cut into parts and put together again.
 
 Invariant: every request put in comes out exactly once, in a batch (as all of its parts), as expired, or as discarded.
+What came out is not held here any longer, and what is empty is gone.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -64,7 +66,6 @@ class Piece:
     part: tuple[Assembly, int] | None = None  # only a piece of one request, cut
     at: int = 0  # first request not taken
     row: int = 0  # its first row in `columns`
-    taken: bool = False
 
     @property
     def rows_left(self) -> int:
@@ -97,10 +98,10 @@ class Batch:
 
 @dataclass(slots=True)
 class _Lane:
+    oldest: float  # arrival
     heap: list[tuple[float, int, Piece]] = field(default_factory=list)
     rows: int = 0
     size: float = 0.0
-    oldest: float = 0.0
     urgent: int = 0  # pieces with a deadline
 
 
@@ -118,16 +119,18 @@ class Batcher:
         self._max_bytes = max_bytes
         self._max_delay = max_delay
         self._lanes: dict[Hashable, _Lane] = {}
-        self._deadlines: list[tuple[float, int, Piece, Hashable]] = []
+        self._rows = 0
+        self._size = 0.0
+        self._earliest = math.inf  # deadline; its request may be gone by now, but none that waits has an earlier one
         self._count = 0
 
     def __len__(self) -> int:
         """Rows waiting."""
-        return sum(lane.rows for lane in self._lanes.values())
+        return self._rows
 
     def size(self) -> float:
         """Bytes waiting."""
-        return sum(lane.size for lane in self._lanes.values())
+        return self._size
 
     def put(self, lane: Hashable, piece: Piece) -> None:
         """Let a piece wait in its lane; oversized requests are cut into parts first."""
@@ -141,18 +144,22 @@ class Batcher:
         return max(1, min(self._max_rows, int(self._max_bytes // max(piece.row_bytes, 1.0))))
 
     def _push(self, name: Hashable, piece: Piece) -> None:
-        lane = self._lanes.setdefault(name, _Lane())
+        lane = self._lanes.setdefault(name, _Lane(piece.arrived))
         self._count += 1
         due = piece.arrived + PATIENCE if piece.deadline is None else piece.deadline
-        if not lane.heap:
-            lane.oldest = piece.arrived
         heapq.heappush(lane.heap, (due, self._count, piece))
-        rows = piece.rows_left
-        lane.rows += rows
-        lane.size += rows * piece.row_bytes
+        self._tally(lane, piece, piece.rows_left)
         if piece.deadline is not None:
             lane.urgent += 1
-            heapq.heappush(self._deadlines, (piece.deadline, self._count, piece, name))
+            self._earliest = min(self._earliest, piece.deadline)
+
+    def _tally(self, lane: _Lane, piece: Piece, rows: int) -> None:
+        """Count rows of a piece that came, or, below zero, left."""
+        size = rows * piece.row_bytes
+        lane.rows += rows
+        lane.size += size
+        self._rows += rows
+        self._size += size
 
     def _cut(self, piece: Piece) -> list[Piece]:
         """One piece for each request, and several for each request larger than a batch."""
@@ -186,13 +193,11 @@ class Batcher:
             idle: A device waits; without one only a full batch without deadlines is given, since that cannot grow.
             flush: Do not wait for `max_delay`.
         """
-        best: tuple[float, Reason, _Lane] | None = None
-        for lane in self._lanes.values():
-            if not lane.heap:
-                continue
+        best: tuple[float, Reason, Hashable] | None = None
+        for name, lane in self._lanes.items():
             reason = self._ready(lane, now, idle=idle, flush=flush)
             if reason is not None and (best is None or lane.heap[0][0] < best[0]):
-                best = (lane.heap[0][0], reason, lane)
+                best = (lane.heap[0][0], reason, name)
         if best is None:
             return None
         return self._fill(best[2], best[1])
@@ -212,7 +217,8 @@ class Batcher:
         # Waiting longer could only make it expire.
         return "deadline" if lane.heap[0][2].deadline is not None else None
 
-    def _fill(self, lane: _Lane, reason: Reason) -> Batch:
+    def _fill(self, name: Hashable, reason: Reason) -> Batch:
+        lane = self._lanes[name]
         batch = Batch([], [], [], {}, reason, {}, [])
         stacks: list[Tensors] = []
         room, size = self._max_rows, float(self._max_bytes)
@@ -228,19 +234,16 @@ class Batcher:
             batch.rows += piece.rows[piece.at : end]
             batch.asks += piece.asks[piece.at : end]
             batch.arrivals.append((piece.arrived, count))
-            stacks.append({name: column[piece.row : piece.row + rows] for name, column in piece.columns.items()})
+            stacks.append({key: column[piece.row : piece.row + rows] for key, column in piece.columns.items()})
             piece.at, piece.row = end, piece.row + rows
             room -= rows
             size -= rows * piece.row_bytes
-            lane.rows -= rows
-            lane.size -= rows * piece.row_bytes
+            self._tally(lane, piece, -rows)
             if end == len(piece.messages):
-                piece.taken = True
                 lane.urgent -= piece.deadline is not None
                 heapq.heappop(lane.heap)
-        if lane.heap:
-            lane.oldest = min(piece.arrived for _, _, piece in lane.heap)
-        batch.inputs = {name: _stack([stack[name] for stack in stacks]) for name in stacks[0]}
+        self._refresh(name)
+        batch.inputs = {key: _stack([stack[key] for stack in stacks]) for key in stacks[0]}
         return batch
 
     def _fits(self, piece: Piece, room: int, size: float, *, first: bool) -> tuple[int, int]:
@@ -259,24 +262,26 @@ class Batcher:
     def expire(self, now: float) -> list[Message]:
         """Requests whose deadline has passed, taken out; a request in parts comes once."""
         expired: list[Message] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, piece, name = heapq.heappop(self._deadlines)
-            if piece.taken:
-                continue
-            self._drop(self._lanes[name], piece)
-            if piece.part is None or piece.part[0].fail("expired", ""):
-                expired += piece.messages
+        if now < self._earliest:
+            return expired
+        for name in [name for name, lane in self._lanes.items() if lane.urgent]:
+            for piece in self._remove(name, lambda piece: piece.deadline is not None and piece.deadline <= now):
+                if piece.part is None or piece.part[0].fail("expired", ""):
+                    expired += piece.messages
+        waiting = (piece for lane in self._lanes.values() if lane.urgent for _, _, piece in lane.heap)
+        self._earliest = min((p.deadline for p in waiting if p.deadline is not None), default=math.inf)
         return expired
 
     def discard(self, unwanted: Callable[[Message], bool]) -> list[Message]:
         """Take out what is not wanted any more; only what no device has begun, so parts may remain under way."""
         discarded: list[Message] = []
-        for lane in self._lanes.values():
-            for _, _, piece in list(lane.heap):
+        for name, lane in list(self._lanes.items()):
+            for _, _, piece in lane.heap:
                 if not any(unwanted(m) for m in piece.messages[piece.at :]):
                     continue
                 discarded += [m for m in piece.messages[piece.at :] if unwanted(m)]
                 self._keep(lane, piece, [not unwanted(m) for m in piece.messages[piece.at :]])
+            self._remove(name, lambda piece: not piece.messages)
         return discarded
 
     def _keep(self, lane: _Lane, piece: Piece, wanted: list[bool]) -> None:
@@ -289,26 +294,38 @@ class Batcher:
         piece.asks = [a for a, w in zip(piece.asks[piece.at :], wanted, strict=True) if w]
         piece.rows = [r for r, w in zip(rows, wanted, strict=True) if w]
         piece.at = piece.row = 0
-        lane.rows -= before - piece.rows_left
-        lane.size -= (before - piece.rows_left) * piece.row_bytes
-        if not piece.messages:
-            self._drop(lane, piece)
+        self._tally(lane, piece, piece.rows_left - before)
 
-    def _drop(self, lane: _Lane, piece: Piece) -> None:
-        piece.taken = True
-        lane.urgent -= piece.deadline is not None
-        lane.rows -= piece.rows_left
-        lane.size -= piece.rows_left * piece.row_bytes
-        lane.heap = [entry for entry in lane.heap if entry[2] is not piece]
+    def _remove(self, name: Hashable, goes: Callable[[Piece], bool]) -> list[Piece]:
+        """Take pieces out of a lane, all in one walk: thousands may go at once."""
+        lane = self._lanes[name]
+        gone = [piece for _, _, piece in lane.heap if goes(piece)]
+        lane.heap = [entry for entry in lane.heap if not goes(entry[2])]
         heapq.heapify(lane.heap)
+        for piece in gone:
+            self._tally(lane, piece, -piece.rows_left)
+            lane.urgent -= piece.deadline is not None
+        self._refresh(name)
+        return gone
 
-    def wake_at(self) -> float:
-        """Monotonic time at which `take` or `expire` may answer differently; infinity when it depends on arrivals."""
-        at = self._deadlines[0][0] if self._deadlines else float("inf")
-        if self._max_delay:
-            waiting = [lane.oldest for lane in self._lanes.values() if lane.heap]
-            at = min([at, *(oldest + self._max_delay for oldest in waiting)])
-        return at
+    def _refresh(self, name: Hashable) -> None:
+        """Bring a lane up to date that pieces left; an empty one goes, or one would stay for every shape ever seen."""
+        lane = self._lanes[name]
+        if lane.heap:
+            lane.oldest = min(piece.arrived for _, _, piece in lane.heap)
+        else:
+            del self._lanes[name]
+
+    def wake_at(self, *, idle: bool) -> float:
+        """Monotonic time at which `expire` or `take` may answer differently; infinity when only other events count.
+
+        Args:
+            idle: A device waits; without one a delay that ends changes nothing.
+        """
+        if not idle or not self._max_delay:
+            return self._earliest
+        delayed = (lane.oldest + self._max_delay for lane in self._lanes.values())
+        return min(self._earliest, min(delayed, default=math.inf))
 
 
 def _stack(columns: list[Array]) -> Array:

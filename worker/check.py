@@ -11,14 +11,16 @@ from inferbus.connectors.settings import spell_seconds, spell_size
 from inferbus.models.base import Executor, TensorSpec
 from inferbus.models.codecs import codec
 from inferbus.models.repository import executors
+from inferbus.models.warmup import warm_up_input
 from inferbus.worker import access, build
+from inferbus.worker.devices import warm_up
 from inferbus.worker.settings import PipelineSettings, effective
 
 DONE, AWAY = 0, 3
 
 
 def check(settings: PipelineSettings, *, connect: bool = False) -> int:
-    """Load the model, hold the request format against its signature, and print the effective pipeline.
+    """Load the model, hold the request format against its signature, warm it up, print the effective pipeline.
 
     Args:
         settings: From a pipeline file that is right by itself.
@@ -28,7 +30,7 @@ def check(settings: PipelineSettings, *, connect: bool = False) -> int:
         The exit code: 3 when a place cannot be reached.
 
     Raises:
-        InvalidModel: The model cannot be served, or not with this format of requests.
+        InvalidModel: The model cannot be served, fails on its warm-up batch, or cannot take this format of requests.
         Misconfigured: A setting of a bus cannot work.
     """
     found = build.artefact(settings)
@@ -43,6 +45,8 @@ def check(settings: PipelineSettings, *, connect: bool = False) -> int:
             executor.info,
             max_message_bytes=bounds.max_message_bytes,
         )
+        # The batch that `run` begins with: a model that fails on it would never serve.
+        warm_up(executor, warm_up_input(executor.signature, bounds.max_rows, found.settings.warmup))
         sys.stdout.write(effective(settings))
         sys.stdout.writelines(_about(executor))
         if found.settings.batch:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from inferbus.worker.settings import PipelineSettings
@@ -35,12 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: What follows `inferbus`; by default this process's own.
     """
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if args.command in NOT_YET:
-        return _not_yet(f"`inferbus {args.command}`")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in NOT_YET:
+        return _not_yet(f"`inferbus {argv[0]}`")
+    args = _parser().parse_args(argv)
     try:
         code: int = args.act(args)
         sys.stdout.flush()
@@ -203,7 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     send = _command(commands, "send", _send, "publish requests")
     _takes_a_pipeline(send)
     send.add_argument("--file", type=Path, required=True, metavar="ROWS.jsonl", help="each line is one request body")
-    send.add_argument("--wait", action="store_true", help="print each outcome as a JSON line")
+    send.add_argument(
+        "--wait", action="store_true", help="print each outcome as a JSON line; exits 0 when some are errors"
+    )
     send.add_argument(
         "--timeout",
         type=_seconds,
@@ -214,8 +214,6 @@ def _parser() -> argparse.ArgumentParser:
 
     _errors_parsers(_command(commands, "errors", None, "read error records, or replay them"))
     _command(commands, "schema", _schema, "print the JSON Schema of the pipeline file")
-    for name in NOT_YET:
-        commands.add_parser(name, add_help=False)  # without a help text it is not listed
     return parser
 
 
@@ -268,8 +266,8 @@ def _takes_a_pipeline(parser: argparse.ArgumentParser) -> None:
 
 
 def _chooses(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--code", action="append", default=[], help="only this error code; may be repeated")
-    parser.add_argument("--stage", action="append", default=[], help="only this stage; may be repeated")
+    parser.add_argument("--code", action="append", default=[], type=_code, help="only this error code; may be repeated")
+    parser.add_argument("--stage", action="append", default=[], type=_stage, help="only this stage; may be repeated")
     parser.add_argument(
         "--since", type=_since, metavar="WHEN", help="only from then on: `2h` ago, or 2026-01-31T12:00:00Z"
     )
@@ -291,20 +289,47 @@ def _count(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
+    from inferbus.connectors.settings import seconds  # noqa: PLC0415
+
     try:
-        value = float(text)
+        return seconds(text) if text[-1:].isalpha() else _number(text)
     except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
-    return value
+        raise argparse.ArgumentTypeError(f"expected seconds, such as 3 or 3s, got {text!r}") from None
 
 
 def _rate(text: str) -> float:
-    value = _seconds(text.removesuffix("/s"))
+    try:
+        value = _number(text.removesuffix("/s"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, such as 10 or 10/s, got {text!r}") from None
     if value == 0:
         raise argparse.ArgumentTypeError("expected more than 0/s")
     return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError("expected a number of at least 0")
+    return value
+
+
+def _code(text: str) -> str:
+    from inferbus.worker.outcomes import Code  # noqa: PLC0415
+
+    return _one_of(get_args(Code), text)
+
+
+def _stage(text: str) -> str:
+    from inferbus.worker.outcomes import Stage  # noqa: PLC0415
+
+    return _one_of(get_args(Stage), text)
+
+
+def _one_of(allowed: Sequence[str], text: str) -> str:
+    if text not in allowed:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(allowed)}, got {text!r}")
+    return text
 
 
 def _override(text: str) -> str:

@@ -3,6 +3,9 @@
 `AtLeastOnce` writes to every sink of the outcome's kind and settles when all have confirmed. What a sink could not take
 is written again after a back-off, in order, for as long as it takes: a dead letter is never dropped. While a sink holds
 something back, later writes to it queue behind, so a failure does not reorder what follows it.
+
+Invariant: what waits is not settled, so the flow caps bound it; a request that has gone to another worker is that
+worker's to answer, and its outcome waits here no longer than until the next try.
 """
 
 from __future__ import annotations
@@ -34,19 +37,24 @@ class Outcomes:
         kind: Where they go: predictions to the sinks, errors to the error sinks.
         records: One per outcome.
         arrivals: (monotonic seconds, requests): when these requests were received, for the latency metric.
+        cuts: How often these records were made smaller, for a sink that refused them for their size.
         started: Monotonic seconds when delivery began.
         left: Sinks that have not confirmed yet.
+        size: Bytes of the requests that these outcomes will settle.
         settling: Seconds it took to settle their requests.
-        diverted: Messages (by identity) whose outcome goes out in another form; that settles them.
+        elsewhere: Messages (by identity) not settled by these: their outcome goes out in another form, or their next
+            owner answers them.
     """
 
     kind: Kind
     records: Records
     arrivals: Sequence[tuple[float, int]]
+    cuts: int = 0
     started: float = 0.0
     left: int = 0
+    size: int = 0
     settling: float = 0.0
-    diverted: set[int] = field(default_factory=set)
+    elsewhere: set[int] = field(default_factory=set)
 
 
 class Delivery(Protocol):
@@ -60,6 +68,9 @@ class Delivery(Protocol):
 
     def pending(self) -> int:
         """Outcomes taken charge of whose requests are not settled."""
+
+    def size(self) -> int:
+        """Bytes of these requests."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,8 +89,8 @@ class AtLeastOnce:
     Args:
         source: Whose messages are settled.
         sinks: Where each kind of outcome goes; every one must confirm.
-        too_large: Called with the kind, messages and reasons of records a sink refuses for their size; answers the
-            outcomes to deliver in their place.
+        too_large: Called with outcomes and those of their records that a sink refuses for their size; answers the
+            outcomes to deliver in their place, or None where there is no smaller form.
         settled: Called with outcomes whose requests have been settled.
         max_backoff: Seconds between tries, at most.
         clock: Monotonic seconds.
@@ -89,7 +100,7 @@ class AtLeastOnce:
         self,
         source: Source,
         sinks: dict[Kind, Sequence[Sink]],
-        too_large: Callable[[Kind, Records], Outcomes],
+        too_large: Callable[[Outcomes, Records], Outcomes | None],
         settled: Callable[[Outcomes], None],
         *,
         max_backoff: float,
@@ -103,13 +114,16 @@ class AtLeastOnce:
         self._max_backoff = max_backoff
         self._clock = clock
         self._pending = 0
+        self._size = 0
 
     def deliver(self, outcomes: Outcomes) -> None:
         """Write to every sink of this kind; settle when all have confirmed."""
         outlets = self._outlets[outcomes.kind]
         outcomes.started = self._clock()
         outcomes.left = len(outlets)
+        outcomes.size = _bytes(outcomes.records.messages)
         self._pending += len(outcomes.records)
+        self._size += outcomes.size
         for outlet in outlets:
             self._write(outlet, outcomes, outcomes.records)
 
@@ -124,23 +138,37 @@ class AtLeastOnce:
             outlet.backoff = 0.0
             self._confirm(outcomes)
             return
-        again = [i for i, error in failures if not isinstance(error, TooLarge)]
+        errors = dict(failures)
         large = [i for i, error in failures if isinstance(error, TooLarge)]
-        if large:
-            self._divert(outcomes, records.take(large))
+        again = [i for i, error in failures if not isinstance(error, TooLarge)]
+        if large and not self._divert(outcomes, records.take(large)):
+            log.error("unwritable", sink=outlet.sink.name, reason=str(errors[large[0]]), records=len(large))
+            again = sorted(errors)
         if again:
-            self._back_off(outlet, str(next(error for i, error in failures if i == again[0])))
+            self._back_off(outlet, str(errors[again[0]]))
             outlet.waiting.append((outcomes, records.take(again)))
         else:
             self._confirm(outcomes)
 
-    def _divert(self, outcomes: Outcomes, records: Records) -> None:
-        """Deliver these in another form; that, and not this, settles their requests."""
-        fresh = records.take([i for i, m in enumerate(records.messages) if id(m) not in outcomes.diverted])
+    def _divert(self, outcomes: Outcomes, records: Records) -> bool:
+        """Deliver these in a smaller form; that, and not this, settles their requests. False if there is none."""
+        fresh = records.take([i for i, m in enumerate(records.messages) if id(m) not in outcomes.elsewhere])
         if len(fresh):
-            outcomes.diverted.update(map(id, fresh.messages))
-            self._pending -= len(fresh)
-            self.deliver(self._too_large(outcomes.kind, fresh))
+            smaller = self._too_large(outcomes, fresh)
+            if smaller is None:
+                return False
+            self._leave_out(outcomes, fresh.messages)
+            self.deliver(smaller)
+        return True
+
+    def _leave_out(self, outcomes: Outcomes, messages: Sequence[Message]) -> None:
+        """These are not settled by these outcomes."""
+        fresh = [m for m in messages if id(m) not in outcomes.elsewhere]
+        size = _bytes(fresh)
+        outcomes.elsewhere.update(map(id, fresh))
+        outcomes.size -= size
+        self._pending -= len(fresh)
+        self._size -= size
 
     def _back_off(self, outlet: _Outlet, why: str) -> None:
         outlet.backoff = min(self._max_backoff, max(FIRST_BACKOFF, outlet.backoff * 2))
@@ -151,12 +179,13 @@ class AtLeastOnce:
         outcomes.left -= 1
         if outcomes.left == 0:
             messages: Sequence[Message] = outcomes.records.messages
-            if outcomes.diverted:
-                messages = [m for m in messages if id(m) not in outcomes.diverted]
+            if outcomes.elsewhere:
+                messages = [m for m in messages if id(m) not in outcomes.elsewhere]
             began = time.perf_counter()
             self._source.settle(messages)
             outcomes.settling = time.perf_counter() - began
             self._pending -= len(messages)
+            self._size -= outcomes.size
             self._settled(outcomes)
 
     def tick(self) -> None:
@@ -166,7 +195,19 @@ class AtLeastOnce:
             if outlet.waiting and self._clock() >= outlet.retry_at:
                 waiting, outlet.waiting = outlet.waiting, deque()
                 for outcomes, records in waiting:
-                    self._write(outlet, outcomes, records)
+                    self._write_again(outlet, outcomes, records)
+
+    def _write_again(self, outlet: _Outlet, outcomes: Outcomes, records: Records) -> None:
+        """Without the requests that have gone to another worker while these waited."""
+        void = [m for m in records.messages if self._source.void(m)]
+        if void:
+            self._leave_out(outcomes, void)
+            gone = set(map(id, void))
+            records = records.take([i for i, m in enumerate(records.messages) if id(m) not in gone])
+        if len(records):
+            self._write(outlet, outcomes, records)
+        else:
+            self._confirm(outcomes)
 
     def rest(self) -> None:
         """The pipeline is about to wait."""
@@ -181,6 +222,10 @@ class AtLeastOnce:
         """Outcomes whose requests are not settled."""
         return self._pending
 
+    def size(self) -> int:
+        """Bytes of these requests."""
+        return self._size
+
     def healthy(self) -> str | None:
         """None, or what keeps a sink from confirming."""
         for outlet in self._all:
@@ -189,3 +234,7 @@ class AtLeastOnce:
             if outlet.waiting:
                 return f"{outlet.sink.name}: {len(outlet.waiting)} writes wait to be tried again"
         return None
+
+
+def _bytes(messages: Sequence[Message]) -> int:
+    return sum([len(m.body) for m in messages])

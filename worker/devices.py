@@ -4,14 +4,18 @@ The model is the only thing that computes for long and releases the interpreter 
 thread. A batch that raises is bisected here, beside the device, so that the pipeline goes on meanwhile: the culprit
 alone fails. When anything failed, the warm-up input is run again: if that fails too the device is sick, and nothing it
 said counts.
+
+Invariant: every batch given is answered, whatever the model raises. `SystemExit`, a cancelled task and a panic of
+native code are no `Exception`, and would end the thread without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -25,6 +29,7 @@ from inferbus.worker.batcher import Batch
 log = structlog.get_logger("inferbus.devices")
 
 HUNG = 300.0  # seconds one predict may take before the process reports itself dead
+REFUSAL = 300  # characters of an executor's refusal that its requester is sent
 
 
 @dataclass(slots=True)
@@ -51,6 +56,40 @@ class Answer:
     sick: str | None = None
 
 
+def warm_up(executor: Executor, inputs: Tensors) -> None:
+    """Predict once on a loaded executor and look at what it answers.
+
+    Args:
+        executor: Loaded, by the thread that calls.
+        inputs: A batch of one row or more, such as `warm_up_input` makes.
+
+    Raises:
+        InvalidModel: It failed, or answered something its signature does not allow; says how.
+    """
+    try:
+        _predict(executor, inputs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a model raises at warm-up, it cannot be served
+        raise InvalidModel(f"the warm-up batch failed: {_told(error)}") from error
+
+
+def _predict(executor: Executor, inputs: Tensors) -> Tensors:
+    rows = next(iter(inputs.values())).shape[0]
+    return check_outputs(executor.predict(inputs), rows, executor.signature)
+
+
+def _told(error: BaseException) -> str:
+    """The error, and where it was raised if the executor has noted that. For the owner, never for a requester."""
+    notes = dict.fromkeys(getattr(error, "__notes__", ()))  # each once: a model may raise one object again and again
+    return f"{type(error).__name__}: {error}" + "".join(f" ({note})" for note in notes)
+
+
+def _sendable(refusal: InvalidRequest) -> str:
+    """What the requester reads: bounded, and text that every record can carry."""
+    return str(refusal)[:REFUSAL].encode("utf-8", "replace").decode()
+
+
 class Device:
     """One executor and its thread.
 
@@ -73,6 +112,7 @@ class Device:
         self._answers = answers
         self._bell = bell
         self._busy_since: float | None = None
+        self._closed = False
         self._batches: SimpleQueue[Batch | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -86,14 +126,17 @@ class Device:
         self._batches.put(batch)
 
     def hung(self) -> str | None:
-        """A predict that has not come back for `HUNG` seconds, in words."""
+        """In words, why it answers no more: a predict out for `HUNG` seconds, or a thread that has ended."""
         since = self._busy_since
         if since is not None and time.monotonic() - since > HUNG:
             return f"a prediction has not returned for {time.monotonic() - since:.0f} s"
+        if self._thread.ident is not None and not self._thread.is_alive() and not self._closed:
+            return "the device's thread has ended"
         return None
 
     def close(self, timeout: float) -> None:
         """End the thread after what it is doing, if it ends in time; a daemon thread does not keep the process."""
+        self._closed = True
         self._batches.put(None)
         if self._thread.ident is not None:
             self._thread.join(timeout)
@@ -102,23 +145,24 @@ class Device:
         try:
             self.executor.load()
             self._warm_up = self._probe(self.executor.signature)
-            self._predict(self._warm_up)
+            with self._busy():
+                warm_up(self.executor, self._warm_up)
             self.warm = True
         except InvalidModel as error:
             self.failure = error
-        except Exception as error:  # noqa: BLE001 - whatever a model raises at warm-up, it cannot be served
-            self.failure = InvalidModel(f"the warm-up batch failed: {type(error).__name__}: {error}")
+        except BaseException as error:  # noqa: BLE001 - whoever waits for this device must learn that it has failed
+            self.failure = InvalidModel(f"the model could not be loaded: {_told(error)}")
         self._bell.ring()
         while (batch := self._batches.get()) is not None:
             self._answers.append(self._serve(batch))
             self._bell.ring()
         self.executor.close()
 
-    def _predict(self, inputs: Tensors) -> Tensors:
-        rows = next(iter(inputs.values())).shape[0]
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
         self._busy_since = time.monotonic()
         try:
-            return check_outputs(self.executor.predict(inputs), rows, self.executor.signature)
+            yield
         finally:
             self._busy_since = None
 
@@ -138,13 +182,14 @@ class Device:
         if rows < batch.total_rows:
             inputs = {name: column[row : row + rows] for name, column in inputs.items()}
         try:
-            return [Segment(start, stop, self._predict(inputs))]
+            with self._busy():
+                return [Segment(start, stop, _predict(self.executor, inputs))]
         except InvalidRequest as error:
             if stop - start == 1:
-                return [Segment(start, stop, None, str(error))]
-        except Exception as error:  # noqa: BLE001 - a model may raise anything, and one bad row harms only itself
+                return [Segment(start, stop, None, _sendable(error))]
+        except BaseException as error:  # noqa: BLE001 - a model may raise anything, and one bad row harms only itself
             if stop - start == 1:
-                log.warning("predict_failed", error=f"{type(error).__name__}: {error}", rows=rows)
+                log.warning("predict_failed", id=batch.messages[start].id, error=_told(error), rows=rows)
                 return [Segment(start, stop, None)]
         middle = (start + stop) // 2
         left = self._bisect(batch, start, middle, row)
@@ -152,7 +197,8 @@ class Device:
 
     def _sick(self) -> str | None:
         try:
-            self._predict(self._warm_up)
-        except Exception as error:  # noqa: BLE001 - as above
-            return f"the device fails on its warm-up input too: {type(error).__name__}: {error}"
+            with self._busy():
+                _predict(self.executor, self._warm_up)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return f"the device fails on its warm-up input too: {_told(error)}"
         return None

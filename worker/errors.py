@@ -3,8 +3,8 @@
 An error record is a request as it came, and one header `inferbus-error`. Records are read without a group and
 never taken away, so whoever looks changes nothing; a replay publishes a copy.
 
-Invariant: a replayed request is the request byte for byte, and counts its replays in `inferbus-replays`, so
-that one that always fails cannot go round for ever.
+Invariant: a replayed request is the request byte for byte, published once however many error records it has, and
+counts its replays in `inferbus-replays`, so that one that always fails cannot go round for ever.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -118,6 +118,7 @@ def replay(
 ) -> int:
     """Publish the requests meant to the source once more, and print how many; answers the exit code.
 
+    Of several records of one request the newest alone counts: whether it is meant, and how often it was replayed.
     Those that fail again make new error records, past the end that this replay reads to.
 
     Args:
@@ -133,14 +134,17 @@ def replay(
         TooLarge: A request is larger than the source takes.
         Unavailable: The source or the errors topic is away.
     """
-    count = omitted = spent = 0
+    count = omitted = late = spent = 0
+    newest = _newest(settings, choice.ids)
     due = clock()
     with contextlib.ExitStack() as stack:
         source = None if dry_run else stack.enter_context(access.publisher(settings.source.kafka))
-        for record in records(settings, choice):
+        for record in records(settings, choice, newest):
             headers = _headers_again(record, max_replays)
             if _is_omitted(record):
                 omitted += 1
+            elif _is_late(record):
+                late += 1
             elif headers is None:
                 spent += 1
             else:
@@ -156,22 +160,44 @@ def replay(
             source.finish()
     said = [f"{count} {'would be replayed' if dry_run else 'replayed'}"]
     said += [f"{omitted} left, for their records were too large to keep the body"] if omitted else []
+    said += [f"{late} left, for their deadlines (inferbus-deadline-ms) have passed"] if late else []
     said += [f"{spent} left, for they were replayed enough (--max-replays {max_replays})"] if spent else []
     sys.stdout.write("; ".join(said) + "\n")
     return DONE
 
 
-def records(settings: PipelineSettings, choice: Choice) -> Iterator[ErrorRecord]:
-    """The error records meant, up to the end the topic has now; in order only within a partition."""
+def records(
+    settings: PipelineSettings, choice: Choice, places: Container[object] | None = None
+) -> Iterator[ErrorRecord]:
+    """The error records meant, up to the end the topic has now; in order only within a partition.
+
+    Args:
+        settings: The pipeline.
+        choice: Which are meant.
+        places: If given, only those that lie there.
+    """
     left = choice.limit
     with access.reader(settings, settings.errors[0].kafka) as reader:
         for message in reader.to_end():
             if left == 0:
                 return
+            if places is not None and message.receipt not in places:
+                continue
             record = _record(message)
             if record is not None and choice.takes(record.error):
                 left = None if left is None else left - 1
                 yield record
+
+
+def _newest(settings: PipelineSettings, ids: frozenset[str]) -> set[object]:
+    """Where the newest error record of each request lies; no ids mean all. Bodies are not kept: they may be many."""
+    newest: dict[str, tuple[int, float, str]] = {}
+    for record in records(settings, Choice(ids)):
+        id_ = str(record.error.get("id"))
+        # Times are the clocks of different workers; the count of replays is the request's own.
+        rank = (_replays(record), _time(record.error), str(record.message.receipt))
+        newest[id_] = max(rank, newest.get(id_, rank))
+    return {place for _, _, place in newest.values()}
 
 
 def _record(message: Message) -> ErrorRecord | None:
@@ -186,8 +212,7 @@ def _record(message: Message) -> ErrorRecord | None:
 
 def _headers_again(record: ErrorRecord, max_replays: int) -> Headers | None:
     """The request's headers with its replays counted and its id kept; None when it was replayed enough."""
-    before = dict(record.headers).get(REPLAYS, b"0")
-    replays = int(before) if before.isdigit() and len(before) < 10 else 0
+    replays = _replays(record)
     if replays >= max_replays:
         return None
     headers = tuple(header for header in record.headers if header[0] != REPLAYS)
@@ -195,6 +220,17 @@ def _headers_again(record: ErrorRecord, max_replays: int) -> Headers | None:
         # Its id was its place on the bus; published anew it would get another, unknown to whoever asked.
         headers += (("inferbus-id", str(record.error.get("id")).encode()),)
     return (*headers, (REPLAYS, str(replays + 1).encode()))
+
+
+def _replays(record: ErrorRecord) -> int:
+    before = dict(record.headers).get(REPLAYS, b"0")
+    return int(before) if before.isdigit() and len(before) < 10 else 0
+
+
+def _is_late(record: ErrorRecord) -> bool:
+    """Whether it could only expire; `inferbus-timeout-ms` does not count, for it starts anew with each publishing."""
+    deadline = dict(record.headers).get("inferbus-deadline-ms", b"")
+    return deadline.isdigit() and len(deadline) < 16 and int(deadline) / 1000 <= time.time()
 
 
 def _is_omitted(record: ErrorRecord) -> bool:

@@ -22,16 +22,20 @@ class KeyOrder:
 
     def __init__(self) -> None:
         self._expected: dict[bytes, deque[Message]] = {}
-        self._held: dict[int, _Ready] = {}
+        self._outcomes: dict[int, _Ready | None] = {}  # of every request expected, once it is there
 
     def receive(self, messages: Sequence[Message]) -> None:
         """Requests came, in this order."""
         for m in messages:
             if m.key is not None:
                 self._expected.setdefault(m.key, deque()).append(m)
+                self._outcomes[id(m)] = None
 
     def release(self, outcomes: Outcomes) -> list[Outcomes]:
-        """What may leave now, in order: of the given outcomes and of those held before."""
+        """What may leave now, in order: of the given outcomes and of those held before.
+
+        Of a request that is expected no more none leaves: its next owner answers it.
+        """
         records = outcomes.records
         leaving: list[_Ready] = []
         arrivals = (at for at, count in outcomes.arrivals for _ in range(count))
@@ -39,16 +43,16 @@ class KeyOrder:
             ready: _Ready = (outcomes.kind, m, body, headers, arrived)
             if m.key is None:
                 leaving.append(ready)
-            else:
-                self._held[id(m)] = ready
+            elif id(m) in self._outcomes:
+                self._outcomes[id(m)] = ready
                 leaving += self._unblock(m.key)
         return self._gather(leaving)
 
     def _unblock(self, key: bytes) -> list[_Ready]:
         expected = self._expected[key]
         free: list[_Ready] = []
-        while expected and (ready := self._held.pop(id(expected[0]), None)) is not None:
-            expected.popleft()
+        while expected and (ready := self._outcomes[id(expected[0])]) is not None:
+            del self._outcomes[id(expected.popleft())]
             free.append(ready)
         if not expected:
             del self._expected[key]
@@ -58,8 +62,8 @@ class KeyOrder:
         """These requests get no outcome from this worker; what waited behind them may leave."""
         leaving: list[_Ready] = []
         for m in messages:
-            self._held.pop(id(m), None)
-            if m.key is not None and m.key in self._expected:
+            if m.key is not None and id(m) in self._outcomes:
+                del self._outcomes[id(m)]
                 self._expected[m.key] = deque(e for e in self._expected[m.key] if e is not m)
                 leaving += self._unblock(m.key)
         return self._gather(leaving)

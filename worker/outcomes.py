@@ -33,6 +33,9 @@ Fault = tuple[Message, Code, Stage, str]
 LONGEST = 1024
 """Of an id in characters, of a key in bytes, where nothing else is left to leave out."""
 
+SENTENCE = 300
+"""Characters of the message, likewise."""
+
 CARRIED = frozenset({"traceparent", "tracestate", "correlation_id"})
 """Request headers that go on into the prediction."""
 
@@ -106,17 +109,24 @@ def errors(
 
 
 def without_body(records: Records) -> Records:
-    """Error records too large for the sink, made smaller: without the body, then without the request's headers.
+    """Error records without the body of the request; its headers stay."""
+    headers = [[*rest, (name, _amended(value))] for *rest, (name, value) in records.headers]
+    return Records(records.messages, records.keys, [b""] * len(records), headers)
 
-    Where that is not enough the id or the key is to blame: then both are cut, and `source` says where the whole lies.
-    """
-    keys: list[bytes | None] = []
-    headers: list[list[tuple[str, bytes]]] = []
-    for key, body, own in zip(records.keys, records.bodies, records.headers, strict=True):
-        *rest, (name, value) = own
-        error = orjson.loads(value) | {"body": "omitted"}
-        if not body and not rest:
-            error["id"], key = error["id"][:LONGEST], key and key[:LONGEST]
-        keys.append(key)
-        headers.append([*(rest if body else []), (name, orjson.dumps(error))])
+
+def bare(records: Records) -> Records:
+    """Error records that say what went wrong and no more, with id, key and message cut; `source` leads to the rest."""
+    keys = [key and key[:LONGEST] for key in records.keys]
+    headers = [[(name, _amended(value, id=LONGEST, message=SENTENCE))] for *_, (name, value) in records.headers]
     return Records(records.messages, keys, [b""] * len(records), headers)
+
+
+SMALLER: tuple[Callable[[Records], Records], ...] = (without_body, bare)
+"""What is done, one after the other, to error records that a sink refuses for their size."""
+
+
+def _amended(error: bytes, **longest: int) -> bytes:
+    """The error of a record that goes without the request, with these fields cut to so many characters."""
+    fields = orjson.loads(error)
+    cut = {name: fields[name][:most] for name, most in longest.items()}
+    return orjson.dumps({**fields, **cut, "body": "omitted"})

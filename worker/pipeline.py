@@ -182,6 +182,8 @@ class Pipeline:
             InvalidModel: The model cannot be loaded or fails its warm-up.
             Unavailable: Something outside is still away after `give_up`.
             Misconfigured: Settings that cannot work.
+
+        Told to drain before the model is loaded, it returns: nothing was received, and `drained` is true.
         """
         for device in self._devices:
             device.start()
@@ -195,6 +197,8 @@ class Pipeline:
                     raise device.failure
             self._tick_source(self._clock())  # while the model loads, or the group waits for us
             self.bell.wait(REST)
+        if not all(device.warm for device in self._devices):
+            return  # told to drain: what the model takes is not known yet, so no codec can be made for it
         executor = self._devices[0].executor
         self.info = executor.info
         self._codec = self._codec_for(executor.signature, executor.info)
@@ -280,7 +284,8 @@ class Pipeline:
 
     def _rest(self) -> None:
         now = self._clock()
-        wake = min(self._source_tick, self._batcher.wake_at(), self._delivery.wake_at(), now + REST)
+        idle = any(not device.queued for device in self._devices)
+        wake = min(self._source_tick, self._batcher.wake_at(idle=idle), self._delivery.wake_at(), now + REST)
         if self._retry_at > now:
             wake = min(wake, self._retry_at)
         elif not self.draining and self._credit() > 0:
@@ -296,6 +301,7 @@ class Pipeline:
             self._stepped_at = self._clock()
             moved = self._collect()
             self._delivery.tick()
+            self._expire(self._clock())
             moved |= self._dispatch(self._clock(), flush=True)
             if not moved and not finished():
                 self._delivery.rest()
@@ -315,6 +321,8 @@ class Pipeline:
     def _credit(self) -> int:
         """Messages that may be asked for now."""
         messages, size = self._source.inflight()
+        # The source counts no request that has gone to another worker; its outcome takes room until its sink is back.
+        messages, size = max(messages, self._delivery.pending()), max(size, self._delivery.size())
         limits = self._limits
         room = limits.max_inflight_bytes - size
         if messages >= limits.max_inflight or room <= 0 or self._stocked():
@@ -440,7 +448,11 @@ class Pipeline:
 
     def _decode(self, messages: list[Message], deadlines: dict[int, float], now: float) -> None:
         began = time.perf_counter()
-        decoded = self._codec.decode([m.body for m in messages], [m.headers for m in messages])
+        try:
+            decoded = self._codec.decode([m.body for m in messages], [m.headers for m in messages])
+        except Exception as error:  # noqa: BLE001 - a fault of ours, and a message that brings it up harms only itself
+            self._undecodable(messages, deadlines, now, error)
+            return
         self._metrics.stage("decode", time.perf_counter() - began)
         if decoded.rejects:
             self._fail([(messages[i], "invalid_request", "decode", str(e)) for i, e in decoded.rejects], now)
@@ -450,6 +462,16 @@ class Pipeline:
             else:
                 members = messages
             self._enqueue(members, group, deadlines, now)
+
+    def _undecodable(self, messages: list[Message], deadlines: dict[int, float], now: float, error: Exception) -> None:
+        """Go one by one, so that only the message that brings the error up fails."""
+        if len(messages) == 1:
+            log.error("decode_failed", id=messages[0].id, exc_info=error)
+            text = "the request could not be read: an error of the worker, which is in its log"
+            self._fail([(messages[0], "internal", "decode", text)], now)
+            return
+        for m in messages:
+            self._decode([m], deadlines, now)
 
     def _enqueue(self, messages: Sequence[Message], group: Group, deadlines: dict[int, float], now: float) -> None:
         if any(column.dtype.hasobject for column in group.columns.values()):
@@ -565,22 +587,28 @@ class Pipeline:
                 return
         try:
             bodies, formats = self._codec.encode(share.outputs, share.rows, share.asks, [m.id for m in share.messages])
-        except WrongAnswer as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, one answer harms only its request
             self._unencodable(share, shared, faults, error)
             return
         records = wire.predictions(share.messages, bodies, formats, shared)
         self._metrics.stage("encode", time.perf_counter() - began)
         self._deliver(Outcomes("prediction", records, share.arrivals))
 
-    def _unencodable(self, share: Share, shared: Shared, faults: list[wire.Fault], error: WrongAnswer) -> None:
+    def _unencodable(self, share: Share, shared: Shared, faults: list[wire.Fault], error: Exception) -> None:
         """One answer cannot be written in its format: go one by one, so that only it fails."""
-        if len(share.messages) == 1:
-            log.warning("encode_failed", error=str(error))
-            text = "the model's answer cannot be written in the format asked for"
-            faults.append((share.messages[0], "model_error", "encode", text))
+        if len(share.messages) > 1:
+            for own in share.singly():
+                self._publish(own, shared, faults)
             return
-        for own in share.singly():
-            self._publish(own, shared, faults)
+        m = share.messages[0]
+        if isinstance(error, WrongAnswer):
+            log.warning("encode_failed", id=m.id, error=str(error))
+            text = "the model's answer cannot be written in the format asked for"
+            faults.append((m, "model_error", "encode", text))
+        else:
+            log.error("encode_failed", id=m.id, exc_info=error)
+            text = "the model's answer could not be written: an error of the worker, which is in its log"
+            faults.append((m, "internal", "encode", text))
 
     def _fail(self, faults: list[wire.Fault], arrived: float) -> None:
         """Error records for these."""
@@ -589,10 +617,13 @@ class Pipeline:
             self._metrics.outcomes(self.info.name, self.info.version, code, 1)
         self._deliver(Outcomes("error", records, [(arrived, len(faults))]))
 
-    def _too_large(self, kind: str, records: Records) -> Outcomes:
-        """Records a sink refuses for their size, in a form it may take."""
-        if kind == "error":
-            return Outcomes("error", wire.without_body(records), [(self._clock(), len(records))])
+    def _too_large(self, outcomes: Outcomes, records: Records) -> Outcomes | None:
+        """Records a sink refuses for their size, in a smaller form; None where there is none."""
+        if outcomes.kind == "error":
+            if outcomes.cuts == len(wire.SMALLER):
+                return None
+            smaller = wire.SMALLER[outcomes.cuts](records)
+            return Outcomes("error", smaller, [(self._clock(), len(records))], cuts=outcomes.cuts + 1)
         text = "the prediction is larger than the sink takes"
         faults: list[wire.Fault] = [(m, "too_large", "write", text) for m in records.messages]
         self._metrics.outcomes(self.info.name, self.info.version, "too_large", len(faults))
@@ -616,7 +647,7 @@ class Pipeline:
         for arrived, count in outcomes.arrivals:
             self._metrics.latency(self.info.name, now - arrived, count)
         if outcomes.kind == "prediction":
-            done = len(outcomes.records) - len(outcomes.diverted)
+            done = len(outcomes.records) - len(outcomes.elsewhere)
             self._metrics.outcomes(self.info.name, self.info.version, "ok", done)
 
     # Ending and health

@@ -32,6 +32,7 @@ from inferbus.worker.settings import (
     completed,
     contradictions,
     is_secret_key,
+    model_key,
 )
 
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
@@ -69,7 +70,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, 
 
     Args:
         path: A YAML file. Paths in it are relative to its folder.
-        overrides: `a.b=value` each, `value` in YAML; the last one wins. List items by position: `sink.0`.
+        overrides: `a.b=value` each, `value` in YAML; the last one wins. List items by position: `sink.0`, which is
+            also the only place where the file has no list.
         environ: What `${VAR}` refers to.
 
     Raises:
@@ -78,7 +80,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), environ: Mapping[str, 
     draft = Draft(Path(path))
     draft.read()
     for override in overrides:
-        draft.override(override)
+        draft.override(override, environ)
     draft.values = draft.expand(draft.values, (), environ)
     return draft.settings()
 
@@ -111,8 +113,7 @@ class Draft:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark else ""
-            begun = f"{error.context} " if isinstance(error, ComposerError) and error.context else ""
-            raise PipelineFileError([f"{self.path}{line}: is not valid YAML: {begun}{error.problem}"]) from None
+            raise PipelineFileError([f"{self.path}{line}: is not valid YAML: {_why(error, text)}"]) from None
         except (ReaderError, RecursionError) as error:
             why = error.reason if isinstance(error, ReaderError) else "it is nested without end"
             raise PipelineFileError([f"{self.path}: is not valid YAML: {why}"]) from None
@@ -157,14 +158,15 @@ class Draft:
 
     # Overrides
 
-    def override(self, text: str) -> None:
-        """Lay one `a.b=value` over the file's values."""
+    def override(self, text: str, environ: Mapping[str, str]) -> None:
+        """Lay one `a.b=value` over the file's values; `environ` may say what a short form in the file stands for."""
         dotted, equals, written = text.partition("=")
         if not equals or not all(dotted.split(".")):
             raise PipelineFileError([f"--set {dotted}: expected a.b=value"])
         # Keys under `config` have dots of their own: `source.kafka.config.sasl.password`.
         head, config, key = dotted.partition(".config.")
         steps = [*head.split("."), "config", key] if config else dotted.split(".")
+        self._widen(steps, environ)
         try:
             value = self._parsed(written, tuple(steps))
         except (yaml.YAMLError, RecursionError):
@@ -172,6 +174,15 @@ class Draft:
         way = self._lay(steps, value)
         self._lines = {w: line for w, line in self._lines.items() if w[: len(way)] != way}
         self._lines[way] = f"--set {dotted}"
+
+    def _widen(self, steps: list[str], environ: Mapping[str, str]) -> None:
+        """Make `steps` lead where the file has a short form: a model as text, one place without its list."""
+        inside = self.values.get(steps[0]) if isinstance(self.values, dict) and len(steps) > 1 else None
+        if steps[0] == "model" and isinstance(inside, str):
+            # What it stands for may hang on a variable, but it is expanded only once, with all the rest.
+            self.values["model"] = {model_key(Draft(self.path).expand(inside, (), environ)): inside}
+        elif steps[0] in ("sink", "errors") and steps[1:2] == ["0"] and not isinstance(inside, list):
+            del steps[1]
 
     def _lay(self, steps: Sequence[str], value: Any) -> Way:
         """Put `value` where `steps` lead, making mappings on the way; returns the way."""
@@ -218,7 +229,7 @@ class Draft:
             text, secret = self._look_up(found, environ)
         except ValueError as error:
             self.problems.append(Problem(way, str(error)))
-            return found[0]
+            return ""  # under a secret's key the rest is a secret, and this reference none
         if secret:
             self.secrets.append(text)
         return text
@@ -312,7 +323,9 @@ class Draft:
         for way, text in self.problems:
             line = next(self._lines[way[:n]] for n in range(len(way), -1, -1) if way[:n] in self._lines)
             place = f"{self.path}:{line}" if isinstance(line, int) else line
-            told = f"{place}: {_dotted(way)}: {text}" if way else f"{place}: {text}"
+            # What an override sets is named already where the place should be.
+            named = "" if place == f"--set {_dotted(way)}" else _dotted(way)
+            told = ": ".join(filter(None, (place, named, text)))
             lines[told] = (isinstance(line, str), line)
         return sorted(lines, key=lambda told: lines[told])
 
@@ -346,6 +359,20 @@ def _is_plain(node: dict[str, Any]) -> bool:
 
 
 _ANY_VARIABLE = {"type": "string", "pattern": r"\$\{.+\}"}
+
+
+def _why(error: yaml.MarkedYAMLError, text: str) -> str:
+    """What is wrong with YAML, with the cure of the two commonest mistakes."""
+    begun = f"{error.context} " if isinstance(error, ComposerError) and error.context else ""
+    why = f"{begun}{error.problem}"
+    if mark := error.problem_mark:
+        line = (text.split("\n")[mark.line :] or [""])[0]
+        before, after = line[: mark.column], line[mark.column :]
+        if after.startswith("\t"):
+            return "it is indented with a tab; indent with spaces"
+        if before.endswith("$") and after.startswith("{"):
+            return f"{why}; put ${{...}} in quotes"
+    return why
 
 
 def _key(node: yaml.Node) -> str:

@@ -142,12 +142,13 @@ def serve(settings: PipelineSettings, pipeline: Pipeline, watch: Watch, metrics:
         # The path of a message makes no cycles; at the default threshold collections took a tenth of its time.
         gc.set_threshold(100_000, 20, 100)
         gc.enable()
-        log.info(
-            "ready",
-            model=f"{pipeline.info.name}@{pipeline.info.version}",
-            device=pipeline.info.device,
-            seconds=round(time.monotonic() - began, 3),
-        )
+        if not pipeline.draining:
+            log.info(
+                "ready",
+                model=f"{pipeline.info.name}@{pipeline.info.version}",
+                device=pipeline.info.device,
+                seconds=round(time.monotonic() - began, 3),
+            )
         pipeline.run(watch.keep_going)
         drain(settings.drain, pipeline, watch)
     except Unavailable:

@@ -1,4 +1,8 @@
-"""`inferbus send`: the lines of a file as requests, and what became of each."""
+"""`inferbus send`: the lines of a file as requests, and what became of each.
+
+Invariant: a request is called as its body says, where the format has a place for an id, so that its sender finds it
+again by the name it knows; else it is given a random one.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import contextlib
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 
@@ -29,52 +34,84 @@ def send(settings: PipelineSettings, file: Path, wait: bool, *, timeout: float =
         timeout: Seconds to wait for them after the last request is published.
 
     Returns:
-        The exit code: 3 when an outcome did not come in time.
+        The exit code: 3 when an outcome did not come in time. That an outcome is an error does not count.
 
     Raises:
-        Misconfigured: The file cannot be read, or a line is larger than the source takes.
+        Misconfigured: The file cannot be read, a line is no text, or one is larger than the source takes.
         Unavailable: The source, or a place to read outcomes from, is away.
     """
     if not wait:
-        count = sum(1 for _ in published(settings, file))
-        sys.stderr.write(f"inferbus: {count} requests published to {settings.source.kafka.topic}\n")
+        _publish(settings, file)
         return DONE
     with contextlib.ExitStack() as stack:
         # Readers first: an outcome that came before they stood at the end would never be seen.
         sink = stack.enter_context(access.reader(settings, settings.sink[0].kafka, "end"))
         errors = stack.enter_context(access.reader(settings, settings.errors[0].kafka, "end"))
-        missing = set(published(settings, file))
+        missing = _publish(settings, file)
         until = time.monotonic() + timeout
         while missing and (left := until - time.monotonic()) > 0:
             for message in (*sink.read(min(0.1, left)), *errors.read(0)):
                 outcome = _outcome(message)
                 if outcome["id"] in missing:
-                    missing.remove(outcome["id"])
+                    missing[outcome["id"]] -= 1
+                    if not missing[outcome["id"]]:
+                        del missing[outcome["id"]]
                     sys.stdout.write(orjson.dumps(outcome).decode() + "\n")
             sys.stdout.flush()
     if missing:
-        sys.stderr.write(f"inferbus: {len(missing)} requests without an outcome after {timeout:g} s\n")
+        count = missing.total()
+        sys.stderr.write(f"inferbus: {count} requests without an outcome after {timeout:g} s; is a worker running?\n")
         return AWAY
     return DONE
 
 
-def published(settings: PipelineSettings, file: Path) -> Iterator[str]:
-    """Publish the lines of `file`; yields the id given to each, and ends when all are acknowledged."""
+def _publish(settings: PipelineSettings, file: Path) -> Counter[str]:
+    """Publish the lines of `file` and, once all are acknowledged, say how many; returns each id and its number."""
+    ids: Counter[str] = Counter()
+    form = settings.requests.format
     with _opened(file) as lines, access.publisher(settings.source.kafka) as publisher:
+        if lines.seekable():  # a pipe is read once only: what came before a wrong line may then be published
+            for _ in _bodies(lines, file, form):
+                pass
+            lines.seek(0)
         try:
-            for line in lines:
-                body = line.rstrip(b"\r\n")
-                if body.strip():
-                    request = str(uuid.uuid4())
-                    publisher.publish(body, headers=(("inferbus-id", request.encode()),))
-                    yield request
+            for body in _bodies(lines, file, form):
+                request = (_own_id(body) if form == "v2" else None) or str(uuid.uuid4())
+                publisher.publish(body, headers=(("inferbus-id", request.encode()),))
+                ids[request] += 1
             publisher.finish()
         except TooLarge as error:
             raise Misconfigured(f"{file}: a request is larger than the source takes ({error})") from None
+    sys.stderr.write(f"inferbus: {ids.total()} requests published to {settings.source.kafka.topic}\n")
+    return ids
+
+
+def _bodies(lines: BinaryIO, file: Path, form: str) -> Iterator[bytes]:
+    """The lines that are not blank; `Misconfigured` at one that is no text where requests are text."""
+    for number, line in enumerate(lines, 1):
+        body = line.rstrip(b"\r\n")
+        if not body.strip():
+            continue
+        try:
+            if form != "raw":
+                body.decode()
+        except UnicodeDecodeError:
+            raise Misconfigured(f"{file}:{number}: is not text in UTF-8, as requests.format {form} is") from None
+        yield body
+
+
+def _own_id(body: bytes) -> str | None:
+    """The `id` in the body of a V2 request."""
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    id_ = request.get("id") if isinstance(request, dict) else None
+    return id_ if isinstance(id_, str) else None
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Iterator[bytes]]:
+def _opened(file: Path) -> Iterator[BinaryIO]:
     try:
         lines = file.open("rb")
     except OSError as error:

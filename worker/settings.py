@@ -129,9 +129,14 @@ class ModelSettings(Settings):
         return self
 
 
+def model_key(short: str) -> Literal["path", "name"]:
+    """What `model: short` says of the model."""
+    return "path" if _ARTEFACT.search(short) else "name"
+
+
 def _spelled_out(value: object) -> object:
     if isinstance(value, str):
-        return {"path": value} if _ARTEFACT.search(value) else {"name": value}
+        return {model_key(value): value}
     if not isinstance(value, dict | ModelSettings):
         raise ValueError("expected a model file, a name in `repository`, or a mapping")  # noqa: TRY004 - pydantic's way
     return value
@@ -358,7 +363,23 @@ def contradictions(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...]
             f"{settings.model.name!r} is a name, and no `repository` is set to look it up in; "
             "expected a model file (.onnx or .py), or `repository`",
         )
+    yield from _wrong_ports(settings)
     yield from _shared_topics(settings)
+
+
+def _wrong_ports(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
+    source = settings.source.kafka.brokers
+    places: list[tuple[Way, str]] = [(("source",), source)]
+    for use in ("sink", "errors"):
+        # What a sink has from the source is told there.
+        sinks = enumerate(getattr(settings, use))
+        places += [((use, i), sink.kafka.brokers) for i, sink in sinks if sink.kafka.brokers != source]
+    for way, brokers in places:
+        for address in map(str.strip, brokers.split(",")):
+            _, colon, port = address.rpartition("://")[2].rpartition(":")
+            # Without a port it is 9092; an IPv6 address without one ends in a bracket.
+            if colon and "]" not in port and not (port.isdecimal() and 0 < int(port) < 65536):
+                yield ((*way, "kafka", "brokers"),), f"{port!r} in {address!r} is no port; expected host:port"
 
 
 def _shared_topics(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
