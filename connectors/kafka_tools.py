@@ -7,6 +7,7 @@ offset or joins a group, so a running pipeline never notices.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any, Literal, Self
 
@@ -29,6 +30,7 @@ from inferbus.connectors.kafka_client import (
 
 GIVE_UP = 30.0  # seconds a record may take to be acknowledged, or a partition to answer
 CHUNK = 1000  # messages taken from the client at once
+LEADERLESS = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.UNKNOWN_TOPIC_OR_PART}
 
 
 class _Quiet(Trouble):
@@ -153,11 +155,20 @@ class KafkaReader:
 
     def _span(self, partition: int) -> tuple[int, int]:
         """First offset, and one past the last."""
-        found = self._client.get_watermark_offsets(TopicPartition(self._topic, partition), REACH)
-        if found is None:
-            raise Unavailable(f"{self.name}: partition {partition} did not answer within {REACH:.0f} s")
-        start, end = found
-        return start, end
+        until = time.monotonic() + REACH
+        while True:
+            try:
+                found = self._client.get_watermark_offsets(TopicPartition(self._topic, partition), REACH)
+            except KafkaException as error:
+                # Of a topic just made, not every broker knows yet who leads it.
+                if error.args[0].code() not in LEADERLESS or time.monotonic() > until:
+                    raise
+                self._client.poll(0.1)
+                continue
+            if found is None:
+                raise Unavailable(f"{self.name}: partition {partition} did not answer within {REACH:.0f} s")
+            start, end = found
+            return start, end
 
     def read(self, timeout: float) -> list[Message]:
         """What has come, waiting at most `timeout` seconds for the first of it."""
