@@ -34,8 +34,12 @@ class Fatal(ConnectorError):
     """This process cannot go on (fenced, client broken): drain and exit; the bus redelivers."""
 
 
-class TooLarge(ConnectorError):
-    """One record is larger than the sink takes: this record alone needs another form."""
+class Refused(ConnectorError):
+    """The sink will never take this record: it alone needs another form."""
+
+
+class TooLarge(Refused):
+    """The record is larger than the sink takes: a smaller form may do."""
 
 
 class Message:
@@ -139,7 +143,7 @@ def resolve_id(headers: Headers) -> str | None:
 
 
 Failure = tuple[int, ConnectorError]
-"""Position of a record that was not written, and why: `Unavailable` (write it again) or `TooLarge`."""
+"""Position of a record that was not written, and why: `Unavailable` (write it again) or `Refused`."""
 
 Done = Callable[[Sequence[Failure]], None]
 """Called once per write, on the pipeline's thread, from `write` or `tick`: empty when every record is durable."""

@@ -43,6 +43,7 @@ from inferbus.connectors.base import (
 from inferbus.connectors.gaps import Gaps
 from inferbus.connectors.kafka_client import (
     FENCED,
+    NEVER_TAKEN,
     REACH,
     UNREADABLE,
     Config,
@@ -69,6 +70,7 @@ STARVED = 1.0  # seconds without credit until fetching is paused: a pause throws
 STASH = 64  # messages kept from polls made without credit
 WATCH_EVERY = 5.0  # seconds between looks for partitions that do not move
 JOINING = 8.0  # seconds leaving may wait for a join under way: two heartbeats of the others, and some
+SINGLY = 60.0  # seconds records go one by one after the broker has refused a batch
 STALLED = 60.0  # seconds assigned, behind, asked and not moving: then the client is built anew
 
 # A receipt of this source is (Lease, offset).
@@ -660,6 +662,8 @@ class KafkaProducer:
         self.config = producer_config(config)
         self._open = 0
         self.trouble = Trouble()
+        self.suspicious = False  # the broker refused a batch, and did not say for the sake of which record
+        self._singly_until: float | None = None
         self.pending: dict[_Write, None] = {}
         self.finished: deque[_Write] = deque()
         self._connect()
@@ -673,8 +677,9 @@ class KafkaProducer:
 
     def _connect(self) -> None:
         # It connects by itself from here on, while the model loads and the source opens.
-        self.producer = new_client(Producer, self.config | self.trouble.callbacks())
-        self.fatal = False
+        singly = {} if self._singly_until is None else {"batch.num.messages": 1}
+        self.producer = new_client(Producer, self.config | singly | self.trouble.callbacks())
+        self.fatal = self.suspicious = False
 
     def _allow_parking(self) -> None:
         # The pipeline rests, so nothing will join what is queued: flush, which ignores linger, instead of a poll.
@@ -707,13 +712,36 @@ class KafkaProducer:
             if not write.failures:
                 self.trouble.clear_refusal()
             write.done(sorted(write.failures, key=itemgetter(0)))
-        if self.fatal:
-            # Everything still queued is reported as failed by the purge, and written again by its owner.
-            self._parking.close()
-            self.producer.purge()
-            self._serve(self.producer.flush, 1.0)
-            self._connect()
-            self._allow_parking()
+        if self.suspicious:
+            self.trouble.say("refused", f"a batch was refused: for {SINGLY:.0f} s records go one by one, to find which")
+            self._singly_until = time.monotonic() + SINGLY
+            self._replace()
+        elif self.fatal or (self._singly_until is not None and time.monotonic() > self._singly_until):
+            self._singly_until = None
+            self._replace()
+
+    def _replace(self) -> None:
+        """The next client takes over. What the broker does not confirm now is written again by its owner."""
+        self._parking.close()
+        self._serve(self.producer.flush, 1.0)
+        self.producer.purge()
+        self._serve(self.producer.flush, 1.0)
+        self._connect()
+        self._allow_parking()
+
+    def why(self, error: KafkaError, size: int) -> ConnectorError:
+        """Why a record of `size` bytes was not written, as the broker or the client says.
+
+        Said of a batch it may be meant for another record. Alone in its batch is one as large as a batch may be, and
+        every one while they go singly.
+        """
+        if error.fatal():
+            self.fatal = True
+        alone = self._singly_until is not None or size >= int(self.config.get("batch.size", 1_000_000))
+        if error.code() in NEVER_TAKEN and not alone:
+            self.suspicious = True
+            return Unavailable(f"kafka: {error.str()}")
+        return write_error(error)
 
     def finish(self, write: _Write) -> None:
         """All reports of a write are in; on whichever thread serves them."""
@@ -742,24 +770,28 @@ class KafkaProducer:
 class _Write:
     """The records of one `write` and what became of them; `left` counts reports to come."""
 
-    __slots__ = ("client", "done", "failures", "left", "since")
+    __slots__ = ("client", "done", "failures", "left", "records", "since")
 
-    def __init__(self, client: KafkaProducer, left: int, done: Done, since: float) -> None:
+    def __init__(self, client: KafkaProducer, records: Records, done: Done, since: float) -> None:
         self.client = client
-        self.left = left
+        self.records = records
+        self.left = len(records)
         self.done = done
         self.failures: list[Failure] = []
         self.since = since
 
     def report(self, position: int, error: KafkaError | None, _message: Raw | None) -> None:
         if error is not None:
-            if error.fatal():
-                self.client.fatal = True
-            self.fail(position, write_error(error))
+            self.fail(position, self.client.why(error, self._size(position)))
             return
         self.left -= 1
         if not self.left:
             self.client.finish(self)
+
+    def _size(self, position: int) -> int:
+        records = self.records
+        headers = sum(len(name) + len(value or b"") for name, value in records.headers[position])
+        return len(records.bodies[position]) + len(records.keys[position] or b"") + headers
 
     def fail(self, position: int, error: ConnectorError) -> None:
         self.failures.append((position, error))
@@ -797,7 +829,7 @@ class KafkaSink:
     def write(self, records: Records, done: Done) -> None:
         """Hand all records to the client at once; `done` comes with the last delivery report."""
         client = self._client
-        write = _Write(client, len(records), done, self._clock())
+        write = _Write(client, records, done, self._clock())
         client.pending[write] = None
         produce, topic, report = client.producer.produce, self._topic, write.report
         columns = zip(records.bodies, records.keys, self._places(records.messages), records.headers, strict=False)
@@ -807,7 +839,8 @@ class KafkaSink:
             except BufferError:
                 write.fail(position, Unavailable("kafka: the producer's queue is full"))
             except KafkaException as error:
-                write.report(position, error.args[0], None)
+                client.fatal |= error.args[0].fatal()
+                write.fail(position, write_error(error.args[0]))  # the client's own word is about this record
 
     def _places(self, messages: Sequence[Message]) -> Iterable[int]:
         """The partition for each record; -1 lets the key decide. Messages of one write come from one source."""

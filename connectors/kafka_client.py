@@ -17,7 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka import Message as Raw
 from confluent_kafka.admin import AclOperation, AdminClient, ClusterMetadata, ConfigResource
 
-from inferbus.connectors.base import ConnectorError, Fatal, Headers, Misconfigured, TooLarge, Unavailable
+from inferbus.connectors.base import ConnectorError, Fatal, Headers, Misconfigured, Refused, TooLarge, Unavailable
 
 REACH = 5.0  # seconds a broker has to answer at start
 
@@ -265,8 +265,20 @@ NOISE = re.compile(
 )
 
 
+TOO_LARGE = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
+# Of a batch, the broker says these for the sake of one record in it: a key is missing on a compacted topic, and so on.
+NEVER_TAKEN = TOO_LARGE | {
+    KafkaError.INVALID_RECORD,
+    KafkaError.INVALID_MSG,
+    KafkaError.INVALID_TIMESTAMP,
+    KafkaError.POLICY_VIOLATION,
+}
+
+
 def write_error(error: KafkaError) -> ConnectorError:
     """Why one record was not written, in terms of what to do next."""
-    if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE):
+    if error.code() in TOO_LARGE:
         return TooLarge(f"kafka: {error.str()}")
+    if error.code() in NEVER_TAKEN:
+        return Refused(f"kafka: {error.str()}")
     return Unavailable(f"kafka: {error.str()}")

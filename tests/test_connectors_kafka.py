@@ -11,9 +11,21 @@ from typing import Any, Self
 
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition, cimpl
-from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewPartitions, NewTopic
 
-from inferbus.connectors.base import Bell, Failure, Headers, Misconfigured, Records, Source, Unavailable, Unreadable
+from inferbus.connectors.base import (
+    Bell,
+    Failure,
+    Headers,
+    Message,
+    Misconfigured,
+    Records,
+    Refused,
+    Source,
+    TooLarge,
+    Unavailable,
+    Unreadable,
+)
 from inferbus.connectors.kafka import KafkaProducer, KafkaSink, KafkaSource
 from inferbus.connectors.kafka_client import consumer_config, producer_config
 from tests.connector_contract import (
@@ -51,9 +63,13 @@ class KafkaPlace(Place):
         return KafkaSink(self.answers, KafkaProducer({"bootstrap.servers": self.brokers}))
 
     def seen(self) -> list[Seen]:
+        return self.first_of(4)
+
+    def first_of(self, count: int) -> list[Seen]:
+        """What the first so many partitions hold."""
         reader = Consumer({"bootstrap.servers": self.brokers, "group.id": "reader", "enable.auto.commit": False})
         try:
-            partitions = [TopicPartition(self.answers, p, 0) for p in range(4)]
+            partitions = [TopicPartition(self.answers, p, 0) for p in range(count)]
             ends = sum(reader.get_watermark_offsets(p, PATIENCE)[1] for p in partitions)
             reader.assign(partitions)
             found: list[Seen] = []
@@ -499,6 +515,58 @@ def test_outcomes_of_added_partitions_go_where_the_sink_has_room(kafka: Kafka) -
         assert write(sink, Records(messages, [None] * 3, [b""] * 3, [[]] * 3)) == []
         settle(source, messages)
         assert source.exhausted()
+    sink.close(1.0)
+
+
+def written_in_the_end(sink: KafkaSink, records: Records) -> dict[int, Exception]:
+    """Write again what is to be written again, as delivery does; answers what was refused, by position."""
+    left: list[int] = list(range(len(records)))
+    refused: dict[int, Exception] = {}
+    until_then = time.monotonic() + PATIENCE
+    while left and time.monotonic() < until_then:
+        failures = write(sink, records.take(left))
+        refused |= {left[i]: error for i, error in failures if isinstance(error, Refused)}
+        left = [left[i] for i, error in failures if not isinstance(error, Refused)]
+    assert not left
+    return refused
+
+
+def plain(keys: Sequence[bytes | None], size: int = 10) -> Records:
+    count = len(keys)
+    messages = [Message(f"m{i}", key, b"", (), None, 1, None) for i, key in enumerate(keys)]
+    return Records(messages, keys, [b"x" * size] * count, [[] for _ in keys])
+
+
+@pytest.mark.broker
+def test_a_record_the_topic_never_takes_is_found_among_those_of_its_batch(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(), kafka.topic(1, **{"cleanup.policy": "compact"}))
+    sink = place.sink()
+    sink.open(Bell())
+    keys: list[bytes | None] = [b"k%d" % i for i in range(20)]
+    keys[7] = None
+    refused = written_in_the_end(sink, plain(keys))
+    assert list(refused) == [7]
+    assert not isinstance(refused[7], TooLarge)
+    sink.close(1.0)
+    assert len({seen.key for seen in KafkaPlace(kafka.brokers, "", sink._topic).first_of(1)}) == 19
+
+
+@pytest.mark.broker
+def test_small_records_are_written_though_the_topic_takes_smaller_batches_than_it_did(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(), kafka.topic(1))
+    sink = place.sink()
+    sink.open(Bell())
+    assert written_in_the_end(sink, plain([b"k"])) == {}
+    resource = ConfigResource(
+        ConfigResource.Type.TOPIC,
+        sink._topic,
+        incremental_configs=[ConfigEntry("max.message.bytes", "2000", incremental_operation=AlterConfigOpType.SET)],
+    )
+    admin = AdminClient({"bootstrap.servers": kafka.brokers})
+    admin.incremental_alter_configs([resource])[resource].result()
+    assert written_in_the_end(sink, plain([b"k"] * 50, size=500)) == {}
+    refused = written_in_the_end(sink, plain([b"k"], size=5000))
+    assert isinstance(refused[0], TooLarge)
     sink.close(1.0)
 
 

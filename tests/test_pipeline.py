@@ -15,7 +15,7 @@ import orjson
 import pytest
 from structlog.testing import capture_logs
 
-from inferbus.connectors.base import Headers, TooLarge, Unavailable
+from inferbus.connectors.base import Headers, Refused, TooLarge, Unavailable
 from inferbus.connectors.memory import MemoryBus, MemorySink, MemorySource
 from inferbus.models.base import (
     Decoded,
@@ -408,6 +408,18 @@ def test_a_prediction_the_sink_refuses_for_its_size_becomes_an_error_record() ->
     assert error["code"] == "too_large"
     assert error["stage"] == "write"
     assert sorted(s.source.settled) == [0, 1, 2]
+
+
+def test_a_prediction_the_sink_never_takes_becomes_an_error_record() -> None:
+    s = started()
+    s.sink.refuse = lambda body: Refused("memory: no key") if b"memory-1" in body else None
+    places = [s.ask(float(i)) for i in range(3)]
+    s.run()
+    assert sorted(s.answers()) == ["memory-0", "memory-2"]
+    error = s.faults()["memory-1"]
+    assert (error["code"], error["stage"]) == ("internal", "write")
+    assert error["message"] == "the sink does not take the prediction (memory: no key)"
+    assert sorted(s.source.settled) == places
 
 
 def test_an_error_record_too_large_for_its_sink_goes_without_the_body() -> None:

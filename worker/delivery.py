@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 import structlog
 
-from inferbus.connectors.base import Failure, Message, Records, Sink, Source, TooLarge
+from inferbus.connectors.base import ConnectorError, Failure, Message, Records, Refused, Sink, Source
 
 log = structlog.get_logger("inferbus.delivery")
 
@@ -89,8 +89,8 @@ class AtLeastOnce:
     Args:
         source: Whose messages are settled.
         sinks: Where each kind of outcome goes; every one must confirm.
-        too_large: Called with outcomes and those of their records that a sink refuses for their size; answers the
-            outcomes to deliver in their place, or None where there is no smaller form.
+        refused: Called with outcomes, those of their records that a sink refuses, and why it does; answers the
+            outcomes to deliver in their place, or None where there is no other form.
         settled: Called with outcomes whose requests have been settled.
         max_backoff: Seconds between tries, at most.
         clock: Monotonic seconds.
@@ -100,7 +100,7 @@ class AtLeastOnce:
         self,
         source: Source,
         sinks: dict[Kind, Sequence[Sink]],
-        too_large: Callable[[Outcomes, Records], Outcomes | None],
+        refused: Callable[[Outcomes, Records, Sequence[ConnectorError]], Outcomes | None],
         settled: Callable[[Outcomes], None],
         *,
         max_backoff: float,
@@ -109,7 +109,7 @@ class AtLeastOnce:
         self._source = source
         self._outlets = {kind: [_Outlet(sink, deque()) for sink in several] for kind, several in sinks.items()}
         self._all = list(itertools.chain(*self._outlets.values()))
-        self._too_large = too_large
+        self._refused = refused
         self._settled = settled
         self._max_backoff = max_backoff
         self._clock = clock
@@ -139,10 +139,10 @@ class AtLeastOnce:
             self._confirm(outcomes)
             return
         errors = dict(failures)
-        large = [i for i, error in failures if isinstance(error, TooLarge)]
-        again = [i for i, error in failures if not isinstance(error, TooLarge)]
-        if large and not self._divert(outcomes, records.take(large)):
-            log.error("unwritable", sink=outlet.sink.name, reason=str(errors[large[0]]), records=len(large))
+        refused = [i for i, error in failures if isinstance(error, Refused)]
+        again = [i for i, error in failures if not isinstance(error, Refused)]
+        if refused and not self._divert(outcomes, records.take(refused), [errors[i] for i in refused]):
+            log.error("unwritable", sink=outlet.sink.name, reason=str(errors[refused[0]]), records=len(refused))
             again = sorted(errors)
         if again:
             self._back_off(outlet, str(errors[again[0]]))
@@ -150,15 +150,15 @@ class AtLeastOnce:
         else:
             self._confirm(outcomes)
 
-    def _divert(self, outcomes: Outcomes, records: Records) -> bool:
-        """Deliver these in a smaller form; that, and not this, settles their requests. False if there is none."""
-        fresh = records.take([i for i, m in enumerate(records.messages) if id(m) not in outcomes.elsewhere])
-        if len(fresh):
-            smaller = self._too_large(outcomes, fresh)
-            if smaller is None:
+    def _divert(self, outcomes: Outcomes, records: Records, why: Sequence[ConnectorError]) -> bool:
+        """Deliver these in another form; that, and not this, settles their requests. False if there is none."""
+        fresh = [i for i, m in enumerate(records.messages) if id(m) not in outcomes.elsewhere]
+        if fresh:
+            other = self._refused(outcomes, records.take(fresh), [why[i] for i in fresh])
+            if other is None:
                 return False
-            self._leave_out(outcomes, fresh.messages)
-            self.deliver(smaller)
+            self._leave_out(outcomes, [records.messages[i] for i in fresh])
+            self.deliver(other)
         return True
 
     def _leave_out(self, outcomes: Outcomes, messages: Sequence[Message]) -> None:

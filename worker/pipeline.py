@@ -21,7 +21,18 @@ from itertools import accumulate, compress
 import numpy as np
 import structlog
 
-from inferbus.connectors.base import Bell, Fatal, Message, Records, Sink, Source, Unavailable, Unreadable
+from inferbus.connectors.base import (
+    Bell,
+    ConnectorError,
+    Fatal,
+    Message,
+    Records,
+    Sink,
+    Source,
+    TooLarge,
+    Unavailable,
+    Unreadable,
+)
 from inferbus.models.base import Array, Codec, Executor, Group, ModelInfo, Signature, Tensors, WrongAnswer
 from inferbus.models.codecs import finite_rows
 from inferbus.worker import outcomes as wire
@@ -149,7 +160,7 @@ class Pipeline:
         self._delivery = AtLeastOnce(
             source,
             {"prediction": sinks, "error": errors},
-            self._too_large,
+            self._refused,
             self._on_settled,
             max_backoff=limits.max_backoff,
             clock=clock,
@@ -617,21 +628,21 @@ class Pipeline:
             self._metrics.outcomes(self.info.name, self.info.version, code, 1)
         self._deliver(Outcomes("error", records, [(arrived, len(faults))]))
 
-    def _too_large(self, outcomes: Outcomes, records: Records) -> Outcomes | None:
-        """Records a sink refuses for their size, in a smaller form; None where there is none."""
+    def _refused(self, outcomes: Outcomes, records: Records, why: Sequence[ConnectorError]) -> Outcomes | None:
+        """Records a sink refuses, in another form; None where there is none."""
+        at = [(self._clock(), len(records))]
         if outcomes.kind == "error":
-            if outcomes.cuts == len(wire.SMALLER):
+            if outcomes.cuts == len(wire.SMALLER) or not all(isinstance(error, TooLarge) for error in why):
                 return None
-            smaller = wire.SMALLER[outcomes.cuts](records)
-            return Outcomes("error", smaller, [(self._clock(), len(records))], cuts=outcomes.cuts + 1)
-        text = "the prediction is larger than the sink takes"
-        faults: list[wire.Fault] = [(m, "too_large", "write", text) for m in records.messages]
-        self._metrics.outcomes(self.info.name, self.info.version, "too_large", len(faults))
-        return Outcomes(
-            "error",
-            wire.errors(faults, self.info, self._source.locate, now=self._wall()),
-            [(self._clock(), len(faults))],
-        )
+            return Outcomes("error", wire.SMALLER[outcomes.cuts](records), at, cuts=outcomes.cuts + 1)
+        faults: list[wire.Fault] = []
+        for m, error in zip(records.messages, why, strict=True):
+            if isinstance(error, TooLarge):
+                faults.append((m, "too_large", "write", "the prediction is larger than the sink takes"))
+            else:
+                faults.append((m, "internal", "write", f"the sink does not take the prediction ({error})"))
+            self._metrics.outcomes(self.info.name, self.info.version, faults[-1][1], 1)
+        return Outcomes("error", wire.errors(faults, self.info, self._source.locate, now=self._wall()), at)
 
     def _deliver(self, outcomes: Outcomes) -> None:
         if self._order is None:
