@@ -847,10 +847,11 @@ class KafkaSink:
         receipt = messages[0].receipt
         if not (type(receipt) is tuple and type(receipt[0]) is Lease):
             return repeat(-1)
-        # Counts, not one count: partitions are added while we run, and leases are as old as their assignment.
-        if {RECEIPT_LEASE(m.receipt).siblings for m in messages} != {self._partitions}:
+        leases = [RECEIPT_LEASE(m.receipt) for m in messages]
+        # Each of them, not the first: partitions are added while we run, and a lease is as old as its assignment.
+        if any(lease.siblings != self._partitions for lease in set(leases)):
             return repeat(-1)
-        return [RECEIPT_LEASE(m.receipt).partition for m in messages]
+        return [lease.partition for lease in leases]
 
     def tick(self) -> None:
         """Serve the client's callbacks."""
