@@ -556,7 +556,7 @@ class KafkaSource:
     def _went_back(self, lease: Lease) -> bool:
         """On the watcher's thread: whether the log ends before what it has given us: the topic was made anew."""
         lease.repeated = False
-        with contextlib.suppress(ConnectorError), probing(self._config) as probe:
+        with contextlib.suppress(ConnectorError, KafkaException), probing(self._config) as probe:
             return probe.end(self._topic, lease.partition) <= (lease.gaps.highest or 0)
         return False
 
@@ -568,7 +568,7 @@ class KafkaSource:
 
     def _try_to_read(self, lease: Lease) -> bool:
         """On the watcher's thread: whether the topic may be read."""
-        with contextlib.suppress(ConnectorError), probing(self._config) as probe:
+        with contextlib.suppress(ConnectorError, KafkaException), probing(self._config) as probe:
             reached = lease.gaps.highest
             probe.look(self._topic, lease.partition, 0 if reached is None else reached + 1)
             return True
@@ -581,7 +581,7 @@ class KafkaSource:
     def _look_ahead(self, leases: list[Lease]) -> list[tuple[Lease, int | None]]:
         """On the watcher's thread, through a client of its own: what each lease could read next."""
         found: list[tuple[Lease, int | None]] = []
-        with contextlib.suppress(ConnectorError), probing(self._config) as probe:
+        with contextlib.suppress(ConnectorError, KafkaException), probing(self._config) as probe:
             for lease in leases:
                 if lease.open and not self._watcher.closing:
                     reached = lease.gaps.highest

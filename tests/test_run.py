@@ -106,6 +106,13 @@ def test_the_first_signal_drains_and_the_second_releases(tmp_path: Path) -> None
     assert w.watch.released
 
 
+def test_the_first_signal_after_a_fatal_error_is_still_the_first(tmp_path: Path) -> None:
+    w = Worker(tmp_path).started()
+    w.pipeline._die("the device is sick")
+    w.watch.on_signal(15, None)
+    assert not w.watch.released
+
+
 def test_what_a_drain_has_no_time_for_is_released(tmp_path: Path) -> None:
     w = Worker(tmp_path).started()
     w.setting.sink.held = True

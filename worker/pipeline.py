@@ -317,7 +317,7 @@ class Pipeline:
             if not moved and not finished():
                 self._delivery.rest()
                 self.bell.wait(0.02)
-        self._leftovers = not finished()
+        self._leftovers |= not finished()
 
     def _drop_leftovers(self) -> None:
         """After a drain that ran out of time: what no device has begun is the next owner's to serve."""

@@ -39,6 +39,7 @@ class Watch:
     ) -> None:
         self.code = DONE
         self.released = False
+        self._signalled = False
         self._pipeline = pipeline
         self._until_idle = until_idle
         self._bounded = settings.retry.bounded
@@ -54,7 +55,8 @@ class Watch:
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
         """The first signal drains, the second releases."""
-        self.released = self._pipeline.draining
+        self.released = self._signalled  # not `draining`, which a fatal error sets too
+        self._signalled = True
         self._pipeline.stop()
 
     def keep_going(self, now: float) -> bool:
