@@ -88,13 +88,6 @@ class Clerk:
             self.busy = False
             self._then(answer)
 
-    def finish(self) -> None:
-        """Wait for the call under way, and give its answer."""
-        if self.busy:
-            answer = self._answers.get()
-            self.busy = False
-            self._then(answer)
-
     def _run(self) -> None:
         while (call := self._asks.get()) is not None:
             self._answers.put(call())
