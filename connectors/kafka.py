@@ -715,18 +715,17 @@ class KafkaProducer:
             write.done(sorted(write.failures, key=itemgetter(0)))
         if self.suspicious:
             self.trouble.say("refused", f"a batch was refused: for {SINGLY:.0f} s records go one by one, to find which")
-            self._singly_until = time.monotonic() + SINGLY
-            self._replace()
+            self._replace(singly_until=time.monotonic() + SINGLY)
         elif self.fatal or (self._singly_until is not None and time.monotonic() > self._singly_until):
-            self._singly_until = None
-            self._replace()
+            self._replace(singly_until=None)
 
-    def _replace(self) -> None:
+    def _replace(self, singly_until: float | None) -> None:
         """The next client takes over. What the broker does not confirm now is written again by its owner."""
         self._parking.close()
         self._serve(self.producer.flush, 1.0)
         self.producer.purge()
         self._serve(self.producer.flush, 1.0)
+        self._singly_until = singly_until  # not before: what the last client reports here it sent in its own way
         self._connect()
         self._allow_parking()
 
