@@ -106,10 +106,17 @@ class Model:
 
 
 class Executor(Protocol):
-    """Runs batches on one device. Blocking; one thread calls it, and `load`, `predict`, `close` share that thread."""
+    """Runs batches on one device. Blocking; one thread calls it, and `load`, `predict`, `close` share that thread.
+
+    Attributes:
+        signature: What goes in and what comes out; known once loaded.
+        info: What outcomes say of it.
+        any_thread: Whether `predict` may also be called on another thread, at times when the first makes no call.
+    """
 
     signature: Signature
     info: ModelInfo
+    any_thread: bool
 
     def load(self) -> None:
         """Make ready to predict. May be called again after `close`.

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import accumulate, chain
 from math import prod
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import orjson
 
@@ -67,12 +67,18 @@ class V2Answers:
         self, outputs: Tensors, rows: Sequence[int], asks: Sequence[object], ids: Sequence[str]
     ) -> tuple[list[bytes], list[Headers]]:
         """See `Codec.encode`."""
-        id_texts = json_texts([_answer_id(ask, id_) for ask, id_ in zip(asks, ids, strict=True)])
-        if Ask in set(map(type, asks)):
+        kinds = set(map(type, asks))
+        told = asks if kinds == {str} else list(map(_answer_id, asks, ids))
+        id_texts = json_texts(cast("Sequence[str]", told))
+        if Ask in kinds:
             return self._encode_each(outputs, rows, asks, id_texts)
         texts = [_texts(spec, outputs[name], rows) for name, spec in self.outputs.items()]
-        templates = {n: self._template(outputs, n) for n in set(rows)}
-        bodies = [templates[n] % fields for n, fields in zip(rows, zip(id_texts, *texts, strict=True), strict=True)]
+        templates = {n: self._template(outputs, n).__mod__ for n in set(rows)}
+        fields = zip(id_texts, *texts, strict=True)
+        if len(templates) == 1:
+            bodies = list(map(templates[rows[0]], fields))
+        else:
+            bodies = [templates[n](own) for n, own in zip(rows, fields, strict=True)]
         return bodies, [JSON_ANSWER] * len(bodies)
 
     def _template(self, outputs: Tensors, rows: int) -> bytes:
@@ -125,6 +131,11 @@ class V2Codec(ChunkDecoder, V2Answers):
         V2Answers.__init__(self, signature, info)
         self._specs = {spec.name: spec for spec in self.inputs}
         self._packers = {spec.name: Packers(spec.datatype) for spec in self.inputs}
+        # Where a run keeps what it finds of an input: its shape at the place, its elements behind.
+        self._places = {
+            spec.name: (1 + 2 * i, spec.datatype, self._packers[spec.name]) for i, spec in enumerate(self.inputs)
+        }
+        self._room = [None] * (2 * len(self.inputs))
         # Asked with tuples of ints only, for True and 1.0 would find the entry of 1.
         self._layout = lru_cache(maxsize=4096)(self._check_layout)
 
@@ -133,11 +144,9 @@ class V2Codec(ChunkDecoder, V2Answers):
         raw = any(name.lower() == JSON_LENGTH for name in {name for head in headers for name, _ in head})
         if raw and max(map(len, bodies)) > _LARGE:
             raise LookupError
-        requests = list(map(self._parse_and_cut, bodies, headers) if raw else map(self._parse_and_pack, bodies))
-        asks = self._asks(requests)
-        columns = self._columns(requests)
-        layouts = self._layouts(columns)
-        parts = [[tensor["data"] for tensor in column] for column in columns]
+        read = map(self._parse_and_cut, bodies, headers) if raw else map(self._parse_and_pack, bodies)
+        asks, *columns = zip(*read, strict=True)
+        layouts, parts = self._layouts(columns[::2]), columns[1::2]
         for j, packed in enumerate(parts):
             if list(map(len, packed)) != [layout.lengths[j] for layout in layouts]:
                 raise LookupError
@@ -145,25 +154,44 @@ class V2Codec(ChunkDecoder, V2Answers):
             self._check_raw(parts)
         else:
             self._look_for_booleans(bodies)
-        rows = [layout.rows for layout in layouts]
         if layouts.count(layouts[0]) == len(layouts) or len({layout.lane for layout in layouts}) == 1:
-            return [Share(layouts[0].lane, rows, asks, parts)]
+            return [Share(layouts[0].lane, [layout.rows for layout in layouts], asks, parts)]
         return [
             Share(layout.lane, [layout.rows], [ask], [[part] for part in own])
             for layout, ask, *own in zip(layouts, asks, *parts, strict=True)
         ]
 
-    def _parse_and_pack(self, body: bytes) -> Any:
-        """One request with the elements of its inputs packed: the numbers are dropped while they lie in the cache."""
+    def _parse_and_pack(self, body: bytes) -> list[Any]:
+        """What one request asks, then the shape and the packed elements of each input, in the signature's order.
+
+        Nothing else outlives this call: kept for a run, what was parsed would leave the cache before it is freed, which
+        takes a quarter longer.
+        """
         request = orjson.loads(body)
+        found = self._frame(request)
         for tensor in request["inputs"]:
+            place, datatype, packers = self._places[tensor["name"]]
             values = tensor["data"]
-            if type(values) is not list or (len(tensor) > 4 and _binary_size(tensor) is not None):
+            if (
+                tensor["datatype"] != datatype
+                or type(values) is not list
+                or (len(tensor) > 4 and _binary_size(tensor) is not None)
+            ):
                 raise LookupError
             if type(values[0]) is list:
                 values = unnest(values, tensor["shape"], "data")
-            tensor["data"] = self._packers[tensor["name"]][len(values)](*values)
-        return request
+            found[place] = tensor["shape"]
+            found[place + 1] = packers[len(values)](*values)
+        return found
+
+    def _frame(self, request: dict[str, Any]) -> list[Any]:
+        """What a request asks, and room for its inputs."""
+        ask = request.get("id")
+        if type(ask) is not str or len(request) > 2:
+            ask = self._ask(request)
+        if len(request["inputs"]) != len(self.inputs):
+            raise LookupError
+        return [ask, *self._room]  # where an input comes twice, that of another stays empty, and is no shape
 
     def _look_for_booleans(self, bodies: Sequence[bytes]) -> None:
         """Packing takes true and false for numbers, so see what the bodies that spell them do with them."""
@@ -175,19 +203,22 @@ class V2Codec(ChunkDecoder, V2Answers):
                 if tensor["datatype"] != "BOOL" and bool in set(map(type, values)):
                     raise LookupError
 
-    def _parse_and_cut(self, body: bytes, headers: Headers) -> Any:
-        """One request all of whose inputs lie raw behind the JSON, with their bytes in the place of `data`."""
+    def _parse_and_cut(self, body: bytes, headers: Headers) -> list[Any]:
+        """As `_parse_and_pack`, of a request all of whose inputs lie raw behind the JSON."""
         end = _json_length(body, headers)
         request = orjson.loads(body[:end])
+        found = self._frame(request)
         for tensor in request["inputs"]:
+            place, datatype, _ = self._places[tensor["name"]]
             size = _binary_size(tensor)
-            if size is None or "data" in tensor or self._packers[tensor["name"]].datatype == "BYTES":
+            if tensor["datatype"] != datatype or size is None or "data" in tensor or datatype == "BYTES":
                 raise LookupError
             start, end = end, end + size
-            tensor["data"] = body[start:end]
+            found[place] = tensor["shape"]
+            found[place + 1] = body[start:end]
         if end != len(body):
             raise LookupError
-        return request
+        return found
 
     def _check_raw(self, parts: Sequence[Sequence[bytes]]) -> None:
         """Look at the raw elements of the whole run, each of which has the right length."""
@@ -195,26 +226,8 @@ class V2Codec(ChunkDecoder, V2Answers):
             run = memoryview(b"".join(cut))
             raw_elements(spec, run, len(run) // spec.dtype.itemsize)
 
-    def _columns(self, requests: Sequence[Any]) -> list[list[Any]]:
-        """Per input of the signature its tensors, one of each request."""
-        lists = [request["inputs"] for request in requests]
-        width = len(self.inputs)
-        if set(map(len, lists)) != {width}:
-            raise LookupError
-        flat = list(chain.from_iterable(lists))
-        # Requests of one client list their inputs alike, if not in the order of the signature.
-        places = {tensor["name"]: place for place, tensor in enumerate(lists[0])}
-        columns = [flat[places[spec.name] :: width] for spec in self.inputs]
-        for spec, column in zip(self.inputs, columns, strict=True):
-            names = [tensor["name"] for tensor in column]
-            datatypes = [tensor["datatype"] for tensor in column]
-            if names.count(spec.name) != len(column) or datatypes.count(spec.datatype) != len(column):
-                raise LookupError
-        return columns
-
-    def _layouts(self, columns: Sequence[Sequence[Any]]) -> list[_Layout]:
-        """The layout of every request of the run."""
-        shapes = [[tensor["shape"] for tensor in column] for column in columns]
+    def _layouts(self, shapes: Sequence[Sequence[list[int]]]) -> list[_Layout]:
+        """The layout of every request of the run; `shapes` has one column for each input."""
         if not {int}.issuperset(map(type, chain.from_iterable(chain.from_iterable(shapes)))):
             raise LookupError
         if all(column.count(column[0]) == len(column) for column in shapes):
@@ -296,15 +309,6 @@ class V2Codec(ChunkDecoder, V2Answers):
         else:
             dims = (count,)
         return self._packers[name].exactly(values, lambda at: "data" + index_text(at, dims))
-
-    def _asks(self, requests: Sequence[Any]) -> Sequence[object]:
-        keys = set(chain.from_iterable(requests))
-        if "outputs" in keys or "parameters" in keys:
-            return list(map(self._ask, requests))
-        ids = [request.get("id") for request in requests]
-        if not {str, type(None)}.issuperset(map(type, ids)):
-            raise LookupError
-        return ids
 
     def _ask(self, request: dict[str, Any]) -> object:
         id_ = request.get("id")

@@ -72,6 +72,7 @@ class OnnxExecutor:
     Attributes:
         signature: The file's own once loaded; before that what model.yaml declares.
         info: Who answers, for outcomes and metrics.
+        any_thread: True on the CPU, where a session belongs to no thread.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class OnnxExecutor:
         if self._device_id is None and self._options.provider:
             raise InvalidModel("options.provider: the cpu device has no provider options")
         self.signature = declared
+        self.any_thread = self._device_id is None
         self.info = ModelInfo(
             name, version, "onnxruntime", "cpu" if self._device_id is None else f"cuda:{self._device_id}"
         )

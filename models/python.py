@@ -54,6 +54,7 @@ class PythonExecutor:
         if not signature.inputs or not signature.outputs:
             raise InvalidModel(f"{self._label}: give its inputs and outputs in model.yaml beside {path.name}")
         self.signature = signature
+        self.any_thread = False  # a user's model may keep things that belong to its thread, as torch's modes do
         self.info = ModelInfo(name, version, "python", device)
 
     def load(self) -> None:

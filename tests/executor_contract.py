@@ -1,6 +1,7 @@
 """What every executor must do. Subclass once per executor, say how to make one and what to feed it."""
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,17 @@ class ExecutorContract:
             executor.close()
             executor.close()
         assert equal(answers[0], answers[1])
+
+    def test_an_executor_of_any_thread_answers_on_every_thread_alike(self, executor: Executor) -> None:
+        if not executor.any_thread:
+            return  # the pipeline asks it on the thread that loaded it only
+        inputs, answers = self.inputs(9), []
+        for _ in range(3):
+            thread = threading.Thread(target=lambda: answers.append(executor.predict(inputs)))
+            thread.start()
+            thread.join()
+        assert len(answers) == 3
+        assert all(equal(answer, executor.predict(inputs)) for answer in answers)
 
     def test_predicting_before_loading_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="before load"):

@@ -45,8 +45,10 @@ class Doubler:
     signature = SIGNATURE
     info = ModelInfo("doubler", "1", "fake", "cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_thread: bool = False) -> None:
+        self.any_thread = any_thread
         self.batches: list[int] = []
+        self.threads: list[int] = []
         self.sick = False
         self.before: Callable[[], object] = lambda: None
 
@@ -56,6 +58,7 @@ class Doubler:
     def predict(self, inputs: Tensors) -> Tensors:
         x = inputs["x"]
         self.batches.append(len(x))
+        self.threads.append(threading.get_ident())
         self.before()
         if self.sick or (x[:, 0] == 666).any():
             raise RuntimeError("secret of the model: /etc/passwd")
@@ -259,6 +262,59 @@ def test_whatever_a_model_raises_fails_its_request_alone_and_the_device_lives_on
 def test_whatever_a_model_raises_at_its_warm_up_is_told_and_not_waited_for(error: BaseException) -> None:
     with pytest.raises(InvalidModel, match=type(error).__name__):
         started(Raising(error, on=0.0))
+
+
+def compute_for(seconds: float) -> None:
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+def test_short_predictions_are_made_where_the_batch_is_and_long_ones_on_the_thread_of_the_device() -> None:
+    model = Doubler(any_thread=True)
+    s = started(model)
+    (loading,) = set(model.threads)
+    here = threading.get_ident()
+    places: list[int] = []
+
+    def serve_until(finished: Callable[[], bool]) -> None:
+        while not finished():
+            assert len(places) < 500, "it never came to that"
+            places.append(s.ask(float(len(places))))
+            s.run(lambda: len(s.source.settled) == len(places))
+
+    serve_until(lambda: model.threads[-1] == here)  # the first predictions of a process may be slow
+    model.before = lambda: compute_for(0.002)
+    serve_until(lambda: model.threads[-1] == loading)
+    model.before = lambda: None
+    serve_until(lambda: model.threads[-1] == here)
+    assert s.answers() == {f"memory-{i}": [2.0 * i, 2.0 * i] for i in places}
+    assert set(model.threads) == {loading, here}
+
+
+def test_a_model_that_belongs_to_its_thread_is_never_asked_on_another() -> None:
+    model = Doubler()
+    s = started(model)
+    for i in range(200):
+        s.ask(float(i))
+    s.run()
+    assert len(s.answers()) == 200
+    assert len(set(model.threads)) == 1
+    assert threading.get_ident() not in model.threads
+
+
+def test_a_poison_row_among_short_predictions_fails_alone_and_a_sick_device_ends_the_worker() -> None:
+    model = Doubler(any_thread=True)
+    s = started(model)
+    for i in range(200):
+        s.ask(666.0 if i == 150 else float(i))
+    s.run()
+    assert sorted(s.answers()) == sorted(f"memory-{i}" for i in range(200) if i != 150)
+    assert s.faults()["memory-150"]["code"] == "model_error"
+    model.sick = True
+    s.ask(1.0)
+    s.run(lambda: s.pipeline.fatal is not None)
+    assert len(s.errors.written) == 1
 
 
 def test_a_device_whose_thread_has_ended_is_reported_as_dead_until_it_is_closed() -> None:
