@@ -552,6 +552,29 @@ def test_a_record_the_topic_never_takes_is_found_among_those_of_its_batch(kafka:
 
 
 @pytest.mark.broker
+def test_a_second_batch_refused_meanwhile_is_not_blamed_on_each_of_its_records(kafka: Kafka) -> None:
+    place = KafkaPlace(kafka.brokers, kafka.topic(), kafka.topic(1, **{"cleanup.policy": "compact"}))
+    each = KafkaProducer({"bootstrap.servers": kafka.brokers, "batch.num.messages": 10})  # a batch for each write
+    sink = KafkaSink(place.answers, each)
+    sink.open(Bell())
+    keys: list[bytes | None] = [b"k%d" % i for i in range(10)]
+    keys[7] = None
+    verdicts: list[list[Failure]] = []
+    for _ in range(2):
+        sink.write(plain(keys), lambda failures: verdicts.append(list(failures)))
+
+    def confirmed() -> bool:
+        sink.tick()
+        return len(verdicts) == 2
+
+    until(confirmed)
+    for failures in verdicts:
+        assert [position for position, _ in failures] == list(range(10))
+        assert not any(isinstance(error, Refused) for _, error in failures)
+    sink.close(1.0)
+
+
+@pytest.mark.broker
 def test_small_records_are_written_though_the_topic_takes_smaller_batches_than_it_did(kafka: Kafka) -> None:
     place = KafkaPlace(kafka.brokers, kafka.topic(), kafka.topic(1))
     sink = place.sink()
