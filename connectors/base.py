@@ -11,8 +11,13 @@ Invariant: a message is settled only after its outcome is durable; a receipt who
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 Headers = tuple[tuple[str, bytes], ...]
 """Headers in the order they came, duplicates kept."""
@@ -99,13 +104,47 @@ class Unreadable(Message):
         self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What the model answered to several requests, for stores that keep columns.
+
+    Attributes:
+        outputs: By name, the rows of all these requests stacked: axis 0 has sum(rows) elements.
+        rows: Rows of each request, in order.
+        model: Name of the model.
+        version: Its version.
+        time: Unix seconds at which it was answered.
+    """
+
+    outputs: Mapping[str, npt.NDArray[Any]]
+    rows: Sequence[int]
+    model: str
+    version: str
+    time: float
+
+    @classmethod
+    def joined(cls, several: Sequence[Columns]) -> Columns:
+        """The requests of all of these, one after the other; answered by one model, at the time of the first."""
+        first = several[0]
+        outputs = {name: np.concatenate([columns.outputs[name] for columns in several]) for name in first.outputs}
+        return cls(outputs, [n for columns in several for n in columns.rows], first.model, first.version, first.time)
+
+    def take(self, positions: Sequence[int]) -> Columns:
+        """The requests at `positions`, in that order."""
+        ends = list(accumulate(self.rows))
+        chosen = [row for i in positions for row in range(ends[i] - self.rows[i], ends[i])]
+        outputs = {name: column[chosen] for name, column in self.outputs.items()}
+        return Columns(outputs, [self.rows[i] for i in positions], self.model, self.version, self.time)
+
+
 class Records:
     """Outcomes on their way out, column by column: element i of every column answers `messages[i]`.
 
-    Columns and not objects: a record costs the pipeline four list slots.
+    Columns and not objects: a record costs the pipeline four list slots. Predictions on their way to a store have
+    `columns` as well; where nothing but stores takes them, their bodies are empty.
     """
 
-    __slots__ = ("bodies", "headers", "keys", "messages")
+    __slots__ = ("bodies", "columns", "headers", "keys", "messages")
 
     def __init__(
         self,
@@ -113,14 +152,30 @@ class Records:
         keys: Sequence[bytes | None],
         bodies: Sequence[bytes],
         headers: Sequence[list[tuple[str, bytes]]],
+        columns: Columns | None = None,
     ) -> None:
         self.messages = messages
         self.keys = keys
         self.bodies = bodies
         self.headers = headers
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self.bodies)
+
+    @classmethod
+    def joined(cls, several: Sequence[Records]) -> Records:
+        """The records of all of these, one after the other; all of one kind."""
+        if len(several) == 1:
+            return several[0]
+        columns = [records.columns for records in several if records.columns is not None]
+        return cls(
+            [m for records in several for m in records.messages],
+            [key for records in several for key in records.keys],
+            [body for records in several for body in records.bodies],
+            [own for records in several for own in records.headers],
+            Columns.joined(columns) if columns else None,
+        )
 
     def take(self, positions: Sequence[int]) -> Records:
         """The records at `positions`, in that order."""
@@ -129,6 +184,7 @@ class Records:
             [self.keys[i] for i in positions],
             [self.bodies[i] for i in positions],
             [self.headers[i] for i in positions],
+            None if self.columns is None else self.columns.take(positions),
         )
 
 
@@ -212,8 +268,27 @@ class Source(Protocol):
     def rest(self) -> None:
         """The pipeline is about to wait: ring the bell once `receive` would return something."""
 
+    def forget_bodies(self, messages: Sequence[Message]) -> None:
+        """Their bodies are not needed any more, only their receipts: let them go, and count their bytes no longer."""
+
+    def stream(self, message: Message) -> Hashable:
+        """Messages of one stream come again in one order after a crash; None where they come in any."""
+
+    def run(self, messages: list[Message]) -> tuple[str, list[Message]] | None:
+        """Which of these, unsettled and all of one stream, a crash now would bring again first, in their order.
+
+        Returns:
+            A name, and the longest run of them that nothing else unsettled interrupts. In a stream with an order the
+            name is that of the place where it would begin again, so whatever is written under it is overwritten
+            then, and never doubled; else nothing had the name before. The list given, where all of it is the run and
+            in order. None: not to be told now; what was settled before is not confirmed yet.
+        """
+
     def lag(self) -> int | None:
         """Messages on the bus not yet received by this worker, as last known without asking; None if unknown."""
+
+    def ended(self) -> bool:
+        """True when nothing will come any more, as of a file that was read; of a bus never."""
 
     def exhausted(self) -> bool:
         """True when nothing is left for anyone in this group; may ask the bus and block for a few seconds."""
@@ -232,7 +307,11 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
-    """Somewhere records become durable. Used by the pipeline's thread only."""
+    """Somewhere records become durable. Used by the pipeline's thread only.
+
+    Attributes:
+        name: Connector and topic, queue or folder.
+    """
 
     name: str
 
@@ -261,3 +340,38 @@ class Sink(Protocol):
 
     def close(self, timeout: float) -> None:
         """Give pending writes at most `timeout` seconds, then drop them. Idempotent."""
+
+
+Kept = Callable[[Sequence[int]], None]
+"""Called with positions of records that are durable now; in the end each position was in one call."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Somewhere records are kept in objects of many; used as a `Sink` is. What is away is tried again in here.
+
+    A record is durable when the object is complete that holds it, so those of one write may be so at different times.
+    """
+
+    name: str
+
+    def open(self, bell: Bell) -> None:
+        """As of a sink."""
+
+    def keep(self, records: Records, kept: Kept) -> None:
+        """Take records into the objects that grow; `kept` is called from `tick`."""
+
+    def drain(self) -> None:
+        """Complete at the next tick what can be completed, however small: nobody will wait for more."""
+
+    def tick(self) -> None:
+        """Make progress and tell of what is durable. Never blocks."""
+
+    def wake_at(self) -> float:
+        """Monotonic time at which `tick` has something to do, or infinity."""
+
+    def healthy(self) -> str | None:
+        """None when all is well, else what is wrong in a few words."""
+
+    def close(self, timeout: float) -> None:
+        """Give what is under way at most `timeout` seconds, then drop it. Idempotent."""

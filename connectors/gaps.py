@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 class Gaps:
@@ -25,11 +28,19 @@ class Gaps:
 
     def __init__(self) -> None:
         self._open: dict[int, None] = {}  # insertion order is receipt order, so the first key is the lowest
-        self._chunks: deque[tuple[int, int, int]] = deque()  # (highest receipt, messages, bytes) as received
+        self._chunks: deque[list[int]] = deque()  # [highest receipt, messages, bytes still held] as received
         self._highest: int | None = None
         self.confirmed: int | None = None
         self.inflight_messages = 0
         self.inflight_bytes = 0
+
+    def __len__(self) -> int:
+        """Open receipts."""
+        return len(self._open)
+
+    def __contains__(self, receipt: int) -> bool:
+        """Whether it is open."""
+        return receipt in self._open
 
     def receive(self, receipts: Sequence[int], size: int) -> None:
         """Track a chunk of `size` bytes; its receipts ascend and are higher than every earlier one.
@@ -46,7 +57,7 @@ class Gaps:
             self.confirmed = receipts[0]  # whatever lies below is not ours: the bus brought us here
         self._open.update(dict.fromkeys(receipts))
         self._highest = receipts[-1]
-        self._chunks.append((receipts[-1], len(receipts), size))
+        self._chunks.append([receipts[-1], len(receipts), size])
         self.inflight_messages += len(receipts)
         self.inflight_bytes += size
 
@@ -55,6 +66,26 @@ class Gaps:
         close = self._open.pop
         for receipt in receipts:
             close(receipt, None)
+
+    def shed(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """So many bytes of each of these open receipts are held no longer: (receipt, bytes)."""
+        left = deque(sorted(sizes))
+        for chunk in self._chunks:
+            while left and left[0][0] <= chunk[0]:
+                size = left.popleft()[1]
+                chunk[2] -= size
+                self.inflight_bytes -= size
+
+    def run(self, receipts: Sequence[int], items: list[Item]) -> list[Item]:
+        """The items of these receipts in ascending order, up to the first open receipt that is not among them.
+
+        The list itself, where that is all of it in its own order.
+        """
+        if len(self._open) == len(receipts) and list(receipts) == sorted(receipts):
+            return items
+        own = dict(zip(receipts, items, strict=True))
+        other = next((receipt for receipt in self._open if receipt not in own), None)
+        return [own[receipt] for receipt in sorted(own) if other is None or receipt < other]
 
     @property
     def position(self) -> int | None:

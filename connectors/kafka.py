@@ -425,6 +425,28 @@ class KafkaSource:
         if self._commit_at is None:
             self._commit_at = self._clock() + COMMIT_EVERY
 
+    # For stores
+
+    def forget_bodies(self, messages: Sequence[Message]) -> None:
+        """Keep only the receipts."""
+        by_lease = groupby(messages, lambda m: RECEIPT_LEASE(m.receipt))
+        for lease, run in by_lease:
+            lease.gaps.shed([(RECEIPT_OFFSET(m.receipt), len(m.body)) for m in run])
+        for m in messages:
+            m.body = b""
+
+    def stream(self, message: Message) -> Lease:
+        """A partition, as long as it is assigned."""
+        return RECEIPT_LEASE(message.receipt)
+
+    def run(self, messages: list[Message]) -> tuple[str, list[Message]] | None:
+        """`topic/partition/offset`, where a crash now would make the group begin again, and the run from there."""
+        lease = RECEIPT_LEASE(messages[0].receipt)
+        if lease.gaps.unconfirmed() is not None:
+            return None
+        name = f"{self._topic}/{lease.partition}/{lease.gaps.position or 0:020}"
+        return name, lease.gaps.run([RECEIPT_OFFSET(m.receipt) for m in messages], messages)
+
     # Rebalances
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
@@ -623,6 +645,10 @@ class KafkaSource:
         lags = self._lags
         known = [lags[p] for p in self._leases if p in lags]
         return sum(known) if known else None
+
+    def ended(self) -> bool:
+        """Never."""
+        return False
 
     def exhausted(self) -> bool:
         """Every partition of the topic is committed to its end, or read to it by this worker."""

@@ -201,6 +201,10 @@ class KafkaReader:
                 why = f" ({self._trouble.last})" if self._trouble.last else ""
                 raise Unavailable(f"{self.name}: nothing came for {GIVE_UP:.0f} s, before its end{why}")
 
+    def whereabouts(self, message: Message) -> str:
+        """Topic, partition and offset."""
+        return str(message.receipt)
+
     def _poll(self, timeout: float) -> list[Any]:
         with translated("read"):
             first = self._client.poll(timeout)

@@ -139,9 +139,31 @@ class MemorySource:
     def rest(self) -> None:
         """Whoever publishes while a pipeline rests waits for its next look."""
 
+    def forget_bodies(self, messages: Sequence[Message]) -> None:
+        """Keep only the receipts."""
+        for m in messages:
+            if not self.void(m):
+                self._inflight[PLACE(m.receipt)] -= len(m.body)
+            m.body = b""
+
+    def stream(self, message: Message) -> int:
+        """One: the queue as it was published."""
+        return EPOCH(message.receipt)
+
+    def run(self, messages: list[Message]) -> tuple[str, list[Message]] | None:
+        """The place of the first, and those without another between."""
+        own = {PLACE(m.receipt): m for m in messages}
+        other = min((place for place in self._inflight if place not in own), default=None)
+        run = [own[place] for place in sorted(own) if other is None or place < other]
+        return f"memory/{min(own):020}", run
+
     def lag(self) -> int | None:
         """What waits."""
         return len(self.bus)
+
+    def ended(self) -> bool:
+        """Never."""
+        return False
 
     def exhausted(self) -> bool:
         """Nothing waits and nothing is out."""

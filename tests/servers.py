@@ -1,4 +1,4 @@
-"""Apache Kafka for tests: a server shared by the session, and servers of one's own that may be killed.
+"""Apache Kafka, RabbitMQ and SQS for tests: servers shared by the session, and servers of one's own that may be killed.
 
 Topics are made through the ordinary admin client and are usable, leaders and all, once `topic` returns.
 """
@@ -6,12 +6,17 @@ Topics are made through the ordinary admin client and are usable, leaders and al
 import contextlib
 import os
 import shutil
+import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import botocore.session
+import pika
 import pytest
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
@@ -19,6 +24,7 @@ from confluent_kafka.cimpl import NewTopic
 from deploy.local import servers
 
 _KAFKA = servers.SERVERS["kafka"]
+_RABBITMQ = servers.SERVERS["rabbitmq"]
 
 
 class Kafka:
@@ -94,3 +100,198 @@ def started_kafka(**properties: str) -> Iterator[KafkaServer]:
         pytest.skip(f"{reason}; or set INFERBUS_TEST_KAFKA=host:port")
     finally:
         server.close()
+
+
+class RabbitMQ:
+    """A RabbitMQ that answers at `url` ("amqp://user:password@host:port/")."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @contextlib.contextmanager
+    def channel(self) -> Iterator[Any]:
+        """A channel of pika's blocking client, with confirms."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.url))
+        try:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            yield channel
+        finally:
+            if connection.is_open:
+                connection.close()
+
+    def queue(self, kind: str = "classic", arguments: Mapping[str, str | int] | None = None) -> str:
+        """A new durable queue with a name of its own."""
+        name = f"q-{uuid.uuid4().hex[:12]}"
+        with self.channel() as channel:
+            channel.queue_declare(name, durable=True, arguments={"x-queue-type": kind, **(arguments or {})})
+        return name
+
+
+class RabbitMQServer(RabbitMQ):
+    """A RabbitMQ of one's own, which keeps its port and its messages through `kill` and `restart`.
+
+    `settings` are lines of rabbitmq.conf, by name.
+    """
+
+    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        self._settings = settings or {}
+        self._server = replace(_RABBITMQ, command=self._command)
+        self._ports = servers.free_ports(_RABBITMQ.port_count)
+        self._folder = servers.new_folder("rabbitmq")
+        self._running: servers.Running | None = None
+        super().__init__(_RABBITMQ.address.format(port=self._ports[0]))
+
+    def _command(self, program: Path, folder: Path, ports: list[int]) -> list[str]:
+        command = _RABBITMQ.command(program, folder, ports)
+        with (folder / "rabbitmq.conf").open("a") as conf:
+            conf.writelines(f"{name} = {value}\n" for name, value in self._settings.items())
+        return command
+
+    def start(self) -> None:
+        """Return once it answers. Raises NotInstalledError, StartError."""
+        program = self._server.install("CI" in os.environ)
+        self._running = servers.launch(self._server, program, ports=self._ports, folder=self._folder)
+        servers.await_ready(self._running)
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), and return when nothing answers on its port any more."""
+        if self._running:
+            self._running.kill()
+        answers = True  # its processes are several, and end one after the other
+        while answers:
+            with socket.socket() as probe:
+                answers = probe.connect_ex(("127.0.0.1", self._ports[0])) == 0
+
+    def restart(self) -> None:
+        """Kill it if it runs, and start it again on the same port with the same messages."""
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        """Kill it and delete its messages."""
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def started_rabbitmq(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQServer]:
+    """A server that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
+    server = RabbitMQServer(settings)
+    try:
+        server.start()
+        yield server
+    except servers.NotInstalledError as error:
+        reason = f"RabbitMQ is not here: {error}"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(f"{reason}; or set INFERBUS_TEST_RABBITMQ=amqp://user:password@host:port/")
+    finally:
+        server.close()
+
+
+class Sqs:
+    """An SQS that answers at `url`, with queues made through the plain client. Any credentials will do."""
+
+    region = "us-east-1"
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client: Any = botocore.session.Session().create_client(
+            "sqs",
+            self.region,
+            endpoint_url=url,
+            aws_access_key_id="inferbus",
+            aws_secret_access_key="inferbus",  # noqa: S106
+        )
+
+    def queue(self, *, fifo: bool = False, **attributes: str) -> str:
+        """The name of a new queue."""
+        name = f"t-{uuid.uuid4().hex[:12]}" + (".fifo" if fifo else "")
+        attributes = {**attributes, **({"FifoQueue": "true"} if fifo else {})}
+        self.client.create_queue(QueueName=name, Attributes=attributes)
+        return name
+
+    def address(self, queue: str) -> str:
+        """The queue's URL."""
+        return str(self.client.get_queue_url(QueueName=queue)["QueueUrl"])
+
+    def close(self) -> None:
+        """Close the client."""
+        self.client.close()
+
+
+@contextlib.contextmanager
+def started_sqs() -> Iterator[Sqs]:
+    """An ElasticMQ that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
+    server = servers.SERVERS["sqs"]
+    folder = servers.new_folder("sqs")
+    running: servers.Running | None = None
+    try:
+        program = server.install("CI" in os.environ)
+        running = servers.launch(server, program, ports=servers.free_ports(server.port_count), folder=folder)
+        servers.await_ready(running)
+        with contextlib.closing(Sqs(running.address)) as sqs:
+            yield sqs
+    except servers.NotInstalledError as error:
+        reason = f"ElasticMQ is not here: {error}"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(f"{reason}; or set INFERBUS_TEST_SQS=http://host:port")
+    finally:
+        if running is not None:
+            running.discard()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class S3:
+    """An S3 that answers at `url`, with buckets made through the plain client."""
+
+    region = "us-east-1"
+    credentials = ("inferbus", "inferbus")
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        key, secret = self.credentials
+        self.client: Any = botocore.session.Session().create_client(
+            "s3", self.region, endpoint_url=url, aws_access_key_id=key, aws_secret_access_key=secret
+        )
+
+    def bucket(self) -> str:
+        """The name of a new bucket."""
+        name = f"t-{uuid.uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def objects(self, bucket: str) -> dict[str, bytes]:
+        """What lies in a bucket, marks left out."""
+        listed = self.client.list_objects_v2(Bucket=bucket).get("Contents", [])
+        keys = [entry["Key"] for entry in listed if not entry["Key"].rpartition("/")[2].startswith("_")]
+        return {key: self.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+    def close(self) -> None:
+        """Close the client."""
+        self.client.close()
+
+
+@contextlib.contextmanager
+def started_s3() -> Iterator[S3]:
+    """An S3 that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
+    server = servers.SERVERS["s3"]
+    folder = servers.new_folder("s3")
+    running: servers.Running | None = None
+    try:
+        program = server.install("CI" in os.environ)
+        running = servers.launch(server, program, ports=servers.free_ports(server.port_count), folder=folder)
+        servers.await_ready(running)
+        with contextlib.closing(S3(running.address)) as s3:
+            yield s3
+    except servers.NotInstalledError as error:
+        reason = f"versitygw is not here: {error}"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(f"{reason}; or set INFERBUS_TEST_S3=http://host:port")
+    finally:
+        if running is not None:
+            running.discard()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -60,7 +60,9 @@ def test_the_summary_tells_how_right_and_how_fast_it_was(printed: str) -> None:
 def test_the_next_line_is_the_same_pipeline_on_a_real_broker(printed: str, out: Path) -> None:
     assert f"  BROKERS=localhost:9092 inferbus run {out}/digits.yaml\n" in printed
     assert "topics digits.requests, digits.predictions and digits.errors" in printed
-    assert load(out / "digits.yaml", environ={}).source.kafka.brokers == "localhost:9092"
+    source = load(out / "digits.yaml", environ={}).source.kafka
+    assert source is not None
+    assert source.brokers == "localhost:9092"
     assert (out / "digits.yaml").read_text() == PIPELINE
 
 

@@ -25,7 +25,8 @@ CONTRACTS = {
     r"[A-Z]\w*Executor": "ExecutorContract",
 }
 BANNED = {"handle", "manager", "helper", "helpers", "util", "utils", "data"}
-NOT_OURS = {"handle_error"}  # names the standard library calls us by
+# Names the standard library and pika call us by.
+NOT_OURS = {"handle_error", "_on_data_available", "_adapter_emit_data"}
 
 
 def modules(*packages: str) -> list[Path]:

@@ -11,9 +11,16 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from inferbus.connectors.settings import seconds, size, spell_seconds, spell_size
+from inferbus.connectors.settings import (
+    KafkaSinkSettings,
+    KafkaSourceSettings,
+    seconds,
+    size,
+    spell_seconds,
+    spell_size,
+)
 from inferbus.worker.pipeline_file import PipelineFileError, load, schema
-from inferbus.worker.settings import PipelineSettings, Redactor, effective
+from inferbus.worker.settings import PipelineSettings, Redactor, SinkSettings, effective
 
 GOOD = """\
 name: digits
@@ -48,6 +55,16 @@ def problems(write: Any) -> Any:
     return problems
 
 
+def source_of(settings: PipelineSettings) -> KafkaSourceSettings:
+    assert settings.source.kafka is not None
+    return settings.source.kafka
+
+
+def sink_of(place: SinkSettings) -> KafkaSinkSettings:
+    assert place.kafka is not None
+    return place.kafka
+
+
 # What a file means
 
 
@@ -80,7 +97,7 @@ def test_what_is_not_said_of_the_bus_comes_from_the_name_and_the_source(write: A
             """
         )
     )
-    source, sink, errors = settings.source.kafka, settings.sink[0].kafka, settings.errors[0].kafka
+    source, sink, errors = source_of(settings), sink_of(settings.sink[0]), sink_of(settings.errors[0])
     assert (source.group, source.start) == ("digits", "earliest")
     assert source.config == {"client.id": "me", "linger.ms": "5", "ssl": "true"}
     assert (sink.brokers, sink.config) == (source.brokers, source.config)
@@ -89,7 +106,7 @@ def test_what_is_not_said_of_the_bus_comes_from_the_name_and_the_source(write: A
 
 def test_what_is_said_of_a_sink_stays_even_when_it_is_empty(write: Any) -> None:
     text = GOOD.replace("topic: digits.requests}", "topic: in, config: {client.id: me}}")
-    sink = load(write(text.replace("topic: digits.predictions", "topic: out, config: {}"))).sink[0].kafka
+    sink = sink_of(load(write(text.replace("topic: digits.predictions", "topic: out, config: {}"))).sink[0])
     assert (sink.brokers, sink.config) == ("localhost:9092", {})
 
 
@@ -99,11 +116,11 @@ def test_sink_and_errors_take_a_list(write: Any) -> None:
         "sink: [{kafka: {topic: a}}, {kafka: {topic: b, brokers: h:1}}]\nerrors: [{kafka: {topic: c}}]",
     )
     settings = load(write(text))
-    assert [(s.kafka.topic, s.kafka.brokers) for s in settings.sink] == [
+    assert [(sink_of(s).topic, sink_of(s).brokers) for s in settings.sink] == [
         ("a", "localhost:9092"),
         ("b", "h:1"),
     ]
-    assert [s.kafka.topic for s in settings.errors] == ["c"]
+    assert [sink_of(s).topic for s in settings.errors] == ["c"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +157,7 @@ def test_librdkafka_is_given_numbers_as_they_are_written(write: Any) -> None:
         "topic: digits.requests}",
         "topic: in, config: {sasl.password: 0123, a: 1_000, b: 1.10, c: 1:30, d: True}}",
     )
-    config = load(write(text), ["source.kafka.config.e=0123"]).source.kafka.config
+    config = source_of(load(write(text), ["source.kafka.config.e=0123"])).config
     assert config == {
         "sasl.password": "0123",
         "a": "1_000",
@@ -166,7 +183,7 @@ def test_anchors_and_merge_keys_work_and_own_keys_win(write: Any) -> None:
             """
         )
     )
-    assert (settings.sink[0].kafka.brokers, settings.sink[0].kafka.topic) == ("b:2", "out")
+    assert (sink_of(settings.sink[0]).brokers, sink_of(settings.sink[0]).topic) == ("b:2", "out")
 
 
 @pytest.mark.parametrize(
@@ -236,15 +253,15 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(write: Any) -> 
     assert settings.batch.max_rows == 8
     assert settings.http is not None
     assert settings.http.port == 0
-    assert settings.source.kafka.brokers == "other:9092"
-    assert settings.source.kafka.config == {"sasl.password": "pw", "linger.ms": "3"}
+    assert source_of(settings).brokers == "other:9092"
+    assert source_of(settings).config == {"sasl.password": "pw", "linger.ms": "3"}
     assert settings.drain == 1.0
     assert settings.requests.format == "raw"
 
 
 def test_an_override_reaches_into_a_list_by_position(write: Any) -> None:
     text = GOOD.replace("sink:\n  kafka: {topic: digits.predictions}", "sink: [{kafka: {topic: a}}]")
-    assert load(write(text), ["sink.0.kafka.topic=b"]).sink[0].kafka.topic == "b"
+    assert sink_of(load(write(text), ["sink.0.kafka.topic=b"]).sink[0]).topic == "b"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +270,7 @@ def test_an_override_reaches_into_a_list_by_position(write: Any) -> None:
 def test_position_0_is_also_the_only_place_where_there_is_no_list(write: Any, written: str) -> None:
     text = GOOD.replace("sink:\n  kafka: {topic: digits.predictions}", written)
     settings = load(write(text), ["sink.0.kafka.topic=b", "errors.0={kafka: {topic: c}}"])
-    assert [place.kafka.topic for place in (*settings.sink, *settings.errors)] == ["b", "c"]
+    assert [sink_of(place).topic for place in (*settings.sink, *settings.errors)] == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -331,10 +348,10 @@ def test_variables_are_expanded_in_values(write: Any, tmp_path: Path) -> None:
     settings = load(write(text), environ={"DIR": "m", "HOST": "h", "EMPTY": ""})
     assert settings.model.path == Path("m/digits.onnx")
     assert (settings.batch.max_rows, settings.batch.max_delay) == (64, 0.005)
-    assert (settings.source.kafka.brokers, settings.source.kafka.topic) == ("h:9092", "in")
-    assert settings.source.kafka.config == {"client.id": "a$b${C}"}
-    assert settings.sink[0].kafka.topic == "from-a-file"
-    assert settings.errors[0].kafka.topic == "from-a-file.errors"
+    assert (source_of(settings).brokers, source_of(settings).topic) == ("h:9092", "in")
+    assert source_of(settings).config == {"client.id": "a$b${C}"}
+    assert sink_of(settings.sink[0]).topic == "from-a-file"
+    assert sink_of(settings.errors[0]).topic == "from-a-file.errors"
 
 
 def test_variables_are_expanded_in_overrides_too(write: Any) -> None:
@@ -374,7 +391,7 @@ def test_an_address_whose_port_is_no_number_is_named(problems: Any, brokers: str
 
 @pytest.mark.parametrize("brokers", ["h", "h:1,g:65535", "[::1]:9092", "[::1]", "SASL_SSL://h:9092", "ssl://h"])
 def test_an_address_needs_no_port_and_may_have_a_protocol(write: Any, brokers: str) -> None:
-    assert load(write(GOOD.replace("localhost:9092", brokers))).source.kafka.brokers == brokers
+    assert source_of(load(write(GOOD.replace("localhost:9092", brokers)))).brokers == brokers
 
 
 def test_every_mistake_is_told_at_once_with_its_line(problems: Any) -> None:
@@ -436,9 +453,8 @@ def test_what_later_releases_will_know_is_not_available_yet(problems: Any) -> No
 name: digits
 model: digits.onnx
 requests: {format: avro}
-source: {sqs: {queue: in, region: eu}}
-sink: [{s3: {bucket: b}}, {rabbitmq: {url: "amqp://h"}}]
-errors: {file: {path: x}}
+source: {s3: {bucket: b}}
+sink: {kafka: {topic: out, brokers: h}}
 delivery: exactly-once
 replies: {allow: [a]}
 claim_check: {allow: [s3://b/p]}
@@ -446,15 +462,92 @@ shadow: {candidates: {}}
 """
     ) == [
         "p.yaml:3: requests.format: avro is not available yet",
-        "p.yaml:4: source.sqs: not available yet",
-        "p.yaml:5: sink.0.s3: not available yet",
-        "p.yaml:5: sink.1.rabbitmq: not available yet",
-        "p.yaml:6: errors.file: not available yet",
-        "p.yaml:7: delivery: exactly-once is not available yet",
-        "p.yaml:8: replies: not available yet",
-        "p.yaml:9: claim_check: not available yet",
-        "p.yaml:10: shadow: not available yet",
+        "p.yaml:4: source.s3: not available yet",
+        "p.yaml:6: delivery: exactly-once is not available yet",
+        "p.yaml:7: replies: not available yet",
+        "p.yaml:8: claim_check: not available yet",
+        "p.yaml:9: shadow: not available yet",
     ]
+
+
+RABBIT = """\
+name: digits
+model: digits.onnx
+source: {rabbitmq: {url: "amqp://me:hunter22@rabbit:5673/shop", queue: in}}
+sink: {rabbitmq: {exchange: results, routing_key: digits}}
+"""
+
+SQS = """\
+name: digits
+model: digits.onnx
+source: {sqs: {queue: in, region: eu-west-1, endpoint_url: "http://localhost:9324"}}
+sink: {sqs: {queue: out.fifo}}
+"""
+
+
+def test_a_sink_on_the_sources_bus_has_its_server_and_errors_go_beside_the_requests(write: Any) -> None:
+    settings = load(write(RABBIT))
+    source, sink, errors = settings.source.rabbitmq, settings.sink[0].rabbitmq, settings.errors[0].rabbitmq
+    assert source is not None
+    assert sink is not None
+    assert errors is not None
+    assert sink.url == errors.url == source.url
+    assert (errors.exchange, errors.routing_key) == ("", "digits.errors")
+    settings = load(write(SQS))
+    places = settings.source.sqs, settings.sink[0].sqs, settings.errors[0].sqs
+    assert [place and (place.queue, place.region, place.endpoint_url) for place in places] == [
+        ("in", "eu-west-1", "http://localhost:9324"),
+        ("out.fifo", "eu-west-1", "http://localhost:9324"),
+        ("digits-errors", "eu-west-1", "http://localhost:9324"),
+    ]
+
+
+def test_a_sink_on_another_bus_than_the_source_says_itself_where_that_is(problems: Any, write: Any) -> None:
+    text = SQS.replace("{sqs: {queue: out.fifo}}", "[{kafka: {topic: out}}, {rabbitmq: {routing_key: out}}]")
+    assert problems(text) == [
+        "p.yaml:4: sink.0.kafka.brokers: is missing; the source is on sqs, so it must be said here",
+        "p.yaml:4: sink.1.rabbitmq.url: is missing; the source is on sqs, so it must be said here",
+    ]
+    settings = load(write(text), ["sink.0.kafka.brokers=h", "sink.1.rabbitmq.url=amqps://h"])
+    assert [sink.kind for sink in settings.sink] == ["kafka", "rabbitmq"]
+    assert [sink.kind for sink in settings.errors] == ["sqs"]
+
+
+def test_the_password_in_a_url_is_never_shown(write: Any) -> None:
+    shown = effective(load(write(RABBIT)))
+    assert "hunter22" not in shown
+    assert "amqp://me:***@rabbit:5673/shop" in shown
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("{}", "sink: expected one of kafka, rabbitmq, sqs, s3, file"),
+        (
+            "{sqs: {queue: a}, kafka: {topic: b}}",
+            "sink: expected one of kafka, rabbitmq, sqs, s3, file, got kafka and sqs",
+        ),
+        ("{rabbitmq: {}}", "sink.rabbitmq: expected `exchange`, or `routing_key` with the name of a queue"),
+        (
+            "{rabbitmq: {url: 'http://h', exchange: e}}",
+            "sink.rabbitmq.url: expected amqp://user:password@host:port/vhost, or amqps:// for TLS",
+        ),
+        (
+            "{rabbitmq: {routing_key: in}}",
+            "sink.rabbitmq: queue in is where requests are read from; expected another one",
+        ),
+        (
+            "{s3: {bucket: abc, max_rows: 40000}}",
+            "sink.s3.max_rows: 40000 requests would wait for one object, and at most 65534 may be unsettled "
+            "(flow.max_inflight, rabbitmq); expected half of that or less",
+        ),
+        ("{sqs: {queue: 'a b'}}", "sink.sqs.queue: 'a b' is not allowed; expected 1 to 80 letters, digits, '-' or '_' "
+         "(`.fifo` at the end of a FIFO queue), or the queue's URL"),
+    ],
+)  # fmt: skip
+def test_a_place_on_rabbitmq_or_sqs_that_cannot_be_is_named(problems: Any, place: str, why: str) -> None:
+    text = RABBIT.replace("{rabbitmq: {exchange: results, routing_key: digits}}", place)
+    assert problems(text) == [f"p.yaml:4: {why}"]
 
 
 def test_a_repository_at_an_address_is_not_available_yet(problems: Any) -> None:
@@ -490,8 +583,8 @@ errors:
         "p.yaml:5: flow.max_message_bytes: 1GiB is more than flow.max_inflight_bytes, 256MiB; expected at most as much",
         "p.yaml:5: flow.max_resident: the messages alone may take 256MiB (flow.max_inflight_bytes); "
         "expected more than that",
-        "p.yaml:9: sink.kafka.topic: 'in' is the topic that requests are read from; expected another one",
-        "p.yaml:12: errors.1.kafka.topic: 'e' is the topic that error records go to; expected another one",
+        "p.yaml:9: sink.kafka: topic in is where requests are read from; expected another one",
+        "p.yaml:12: errors.1.kafka: topic e is where error records go to; expected another one",
     ]
 
 
@@ -510,7 +603,7 @@ def test_a_small_flow_does_not_contradict_defaults_nobody_chose(write: Any) -> N
 
 def test_the_same_topic_name_on_another_cluster_is_no_contradiction(write: Any) -> None:
     settings = load(write(GOOD), ["sink.kafka.topic=digits.requests", "sink.kafka.brokers=elsewhere:9092"])
-    assert settings.sink[0].kafka.topic == settings.source.kafka.topic
+    assert sink_of(settings.sink[0]).topic == source_of(settings).topic
 
 
 @pytest.mark.parametrize(
@@ -610,7 +703,7 @@ HIDDEN = ("hunter2-in-the-file", "abcdefghijklmnop", "id-from-a-file", "token-fr
 def test_secrets_are_in_the_settings_and_shown_nowhere(write: Any) -> None:
     Path("id.txt").write_text("id-from-a-file\n")
     settings = load(write(WITH_SECRETS), environ={"MY_TOKEN": "token-from-environ"})
-    config = settings.source.kafka.config
+    config = source_of(settings).config
     assert config["sasl.password"] == "hunter2-in-the-file"
     assert config["client.id"] == "id-from-a-file"
     shown = effective(settings)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 from pydantic import ValidationError
 
-from inferbus.connectors.base import Misconfigured, Sink, Source
-from inferbus.connectors.settings import KafkaSinkSettings
+from inferbus.connectors.base import Misconfigured, Sink, Source, Store
+from inferbus.connectors.file import FileSource, Folder
+from inferbus.connectors.objects import ObjectStore, Shelf
+from inferbus.connectors.rows import form
+from inferbus.connectors.settings import (
+    FileSinkSettings,
+    FileSourceSettings,
+    KafkaSinkSettings,
+    KafkaSourceSettings,
+    RabbitmqSinkSettings,
+    RabbitmqSourceSettings,
+    S3SinkSettings,
+    SinkPlace,
+    SourcePlace,
+    SqsSinkSettings,
+    SqsSourceSettings,
+    StoreSettings,
+)
 from inferbus.models.base import InvalidModel
 from inferbus.models.codecs import codec
 from inferbus.models.repository import Artefact, executors, locate
@@ -53,7 +71,9 @@ def limits(settings: PipelineSettings, found: Artefact) -> Limits:
     )
 
 
-def connectors(settings: PipelineSettings, child: int | None = None) -> tuple[Source, list[Sink], list[Sink]]:
+def connectors(
+    settings: PipelineSettings, child: int | None = None
+) -> tuple[Source, list[Sink | Store], list[Sink | Store]]:
     """The source, the sinks and the error sinks, none opened yet.
 
     Args:
@@ -63,35 +83,143 @@ def connectors(settings: PipelineSettings, child: int | None = None) -> tuple[So
     Raises:
         Misconfigured: A client library is missing, or a setting cannot work.
     """
-    try:
-        from inferbus.connectors.kafka import KafkaProducer, KafkaSink, KafkaSource  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError:
-        raise Misconfigured("kafka: the client is not installed: pip install 'inferbus[kafka]'") from None
-    kafka = settings.source.kafka
-    config: dict[str, Any] = {"bootstrap.servers": kafka.brokers, **kafka.config}
-    if child is not None and "group.instance.id" in config:
-        config["group.instance.id"] = f"{config['group.instance.id']}-{child}"
-    source = KafkaSource(
-        kafka.topic,
-        kafka.group or settings.name,
-        config,
-        start=kafka.start,
-        max_inflight=settings.flow.max_inflight,
-        max_inflight_bytes=settings.flow.max_inflight_bytes,
+    shared: Shared = {}
+    requests = source(settings, settings.source.place, child)
+
+    def several(places: Sequence[SinkSettings]) -> list[Sink | Store]:
+        return [
+            store(place, requests) if isinstance(place, StoreSettings) else sink(place, shared)
+            for place in (one.place for one in places)
+        ]
+
+    return requests, several(settings.sink), several(settings.errors)
+
+
+Shared = dict[Hashable, Any]
+"""Clients that several sinks use, by what they are connected to."""
+
+
+def source(settings: PipelineSettings, place: SourcePlace, child: int | None = None) -> Source:
+    """A source, not opened; its memory is bounded by `flow`.
+
+    Raises:
+        Misconfigured: A client library is missing, or a setting cannot work.
+    """
+    flow = settings.flow
+    bounds = {"max_inflight": flow.max_inflight, "max_inflight_bytes": flow.max_inflight_bytes}
+    match place:
+        case KafkaSourceSettings():
+            config: dict[str, Any] = {"bootstrap.servers": place.brokers, **place.config}
+            if child is not None and "group.instance.id" in config:
+                config["group.instance.id"] = f"{config['group.instance.id']}-{child}"
+            group = place.group or settings.name
+            made = client("kafka").KafkaSource(place.topic, group, config, start=place.start, **bounds)
+        case RabbitmqSourceSettings():
+            made = client("rabbitmq").RabbitmqSource(
+                place.url, place.queue, prefetch=place.prefetch, declare=place.declare, tls=place.tls, **bounds
+            )
+        case SqsSourceSettings():
+            made = client("sqs").SqsSource(
+                place.queue,
+                region=place.region,
+                endpoint_url=place.endpoint_url,
+                visibility_timeout=place.visibility_timeout,
+                receivers=place.receivers,
+                **bounds,
+            )
+        case FileSourceSettings():
+            assert place.progress is not None  # noqa: S101 - completed
+            made = FileSource(place.path, place.progress)
+        case _:
+            raise TypeError(place)
+    return cast("Source", made)
+
+
+def sink(place: SinkPlace, shared: Shared) -> Sink:
+    """A sink, not opened.
+
+    Args:
+        place: Where it writes.
+        shared: What sinks made before may share with this one.
+
+    Raises:
+        Misconfigured: A client library is missing, or a setting cannot work.
+    """
+    match place:
+        case KafkaSinkSettings():
+            kafka = client("kafka")
+            cluster = {"bootstrap.servers": place.brokers, **place.config}
+            producer = _shared(shared, ("kafka", *sorted(cluster.items())), lambda: kafka.KafkaProducer(cluster))
+            made = kafka.KafkaSink(place.topic, producer)
+        case RabbitmqSinkSettings():
+            rabbitmq = client("rabbitmq")
+            connection = _shared(shared, place.url, lambda: rabbitmq.Connection(place.url, place.tls))
+            made = rabbitmq.RabbitmqSink(connection, place.exchange, place.routing_key)
+        case SqsSinkSettings():
+            made = client("sqs").SqsSink(place.queue, region=place.region, endpoint_url=place.endpoint_url)
+        case _:
+            raise TypeError(place)
+    return cast("Sink", made)
+
+
+def store(place: StoreSettings, source: Source) -> Store:
+    """A store, not opened, for outcomes of messages of `source`.
+
+    Raises:
+        Misconfigured: A library is missing.
+    """
+    return ObjectStore(
+        shelf(place),
+        form(place.format, compressed=place.compression == "gzip"),
+        source,
+        max_rows=place.max_rows,
+        max_bytes=place.max_bytes,
+        max_age=place.max_age,
+        clock=time.monotonic,
     )
-    clients: dict[str, KafkaProducer] = {}
 
-    def sink(place: KafkaSinkSettings) -> Sink:
-        cluster = {"bootstrap.servers": place.brokers, **place.config}
-        name = repr(sorted(cluster.items()))
-        if name not in clients:
-            clients[name] = KafkaProducer(cluster)
-        return KafkaSink(place.topic, clients[name])
 
-    def several(places: Sequence[SinkSettings]) -> list[Sink]:
-        return [sink(place.kafka) for place in places]
+def shelf(place: StoreSettings) -> Shelf:
+    """Where a store puts its objects."""
+    match place:
+        case FileSinkSettings():
+            return Folder(place.path)
+        case S3SinkSettings():
+            made = client("s3").Bucket(place.bucket, place.prefix, region=place.region, endpoint_url=place.endpoint_url)
+            return cast("Shelf", made)
+        case _:
+            raise TypeError(place)
 
-    return source, several(settings.sink), several(settings.errors)
+
+def _shared(shared: Shared, name: Hashable, make: Callable[[], Any]) -> Any:
+    if name not in shared:
+        shared[name] = make()
+    return shared[name]
+
+
+_EXTRAS = {
+    "kafka": "kafka",
+    "kafka_tools": "kafka",
+    "embedded": "kafka",
+    "rabbitmq": "rabbitmq",
+    "sqs": "aws",
+    "s3": "aws",
+}
+
+
+def client(name: str) -> Any:
+    """A module of `connectors` whose library is an extra.
+
+    Raises:
+        Misconfigured: The library is not installed; says how to.
+    """
+    try:
+        return import_module(f"inferbus.connectors.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("inferbus"):
+            raise
+        extra = _EXTRAS[name]
+        raise Misconfigured(f"{extra}: the client is not installed: pip install 'inferbus[{extra}]'") from None
 
 
 def pipeline(settings: PipelineSettings, metrics: Metrics, child: int | None = None) -> Pipeline:

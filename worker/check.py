@@ -73,17 +73,17 @@ def _tensors(kind: str, specs: Sequence[TensorSpec]) -> Iterator[str]:
 
 
 def _places(settings: PipelineSettings) -> Iterator[tuple[str, str, AbstractContextManager[object]]]:
-    source = settings.source.kafka
-    yield "source", source.topic, access.reader(settings, source)
+    source = settings.source
+    yield "source", f"{source.kind} {source.place.label()}", access.reached(settings, source.place)
     for use, sinks in (("sink", settings.sink), ("errors", settings.errors)):
         for sink in sinks:
-            yield use, sink.kafka.topic, access.publisher(sink.kafka)
+            yield use, f"{sink.kind} {sink.place.label()}", access.reached(settings, sink.place)
 
 
-def _reach(use: str, topic: str, place: AbstractContextManager[object]) -> bool:
+def _reach(use: str, name: str, place: AbstractContextManager[object]) -> bool:
     try:
         with place:
-            sys.stderr.write(f"{use}: kafka topic {topic}: reached\n")
+            sys.stderr.write(f"{use}: {name}: reached\n")
     except Unavailable as error:
         sys.stderr.write(f"{use}: {error}\n")
         return False

@@ -2,7 +2,8 @@
 
 `AtLeastOnce` writes to every sink of the outcome's kind and settles when all have confirmed. What a sink could not take
 is written again after a back-off, in order, for as long as it takes: a dead letter is never dropped. While a sink holds
-something back, later writes to it queue behind, so a failure does not reorder what follows it.
+something back, later writes to it queue behind, so a failure does not reorder what follows it. A store confirms record
+by record, as its objects are completed; then each request is settled by itself.
 
 Invariant: what waits is not settled, so the flow caps bound it; a request that has gone to another worker is that
 worker's to answer, and its outcome waits here no longer than until the next try.
@@ -14,13 +15,14 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 import structlog
 
-from inferbus.connectors.base import ConnectorError, Failure, Message, Records, Refused, Sink, Source
+from inferbus.connectors.base import ConnectorError, Failure, Message, Records, Refused, Sink, Source, Store
 
 log = structlog.get_logger("inferbus.delivery")
 
@@ -39,9 +41,11 @@ class Outcomes:
         arrivals: (monotonic seconds, requests): when these requests were received, for the latency metric.
         cuts: How often these records were made smaller, for a sink that refused them for their size.
         started: Monotonic seconds when delivery began.
-        left: Sinks that have not confirmed yet.
-        size: Bytes of the requests that these outcomes will settle.
+        left: Sinks and stores that have not confirmed yet.
+        singly: For each record the sinks and stores that have not confirmed it, once a store has confirmed one.
+        size: Bytes of the requests that these outcomes will settle, as long as they are held.
         settling: Seconds it took to settle their requests.
+        done: Records that all sinks and stores have confirmed.
         elsewhere: Messages (by identity) not settled by these: their outcome goes out in another form, or their next
             owner answers them.
     """
@@ -52,8 +56,10 @@ class Outcomes:
     cuts: int = 0
     started: float = 0.0
     left: int = 0
+    singly: list[int] | None = None
     size: int = 0
     settling: float = 0.0
+    done: int = 0
     elsewhere: set[int] = field(default_factory=set)
 
 
@@ -89,6 +95,7 @@ class AtLeastOnce:
     Args:
         source: Whose messages are settled.
         sinks: Where each kind of outcome goes; every one must confirm.
+        stores: Likewise.
         refused: Called with outcomes, those of their records that a sink refuses, and why it does; answers the
             outcomes to deliver in their place, or None where there is no other form.
         settled: Called with outcomes whose requests have been settled.
@@ -99,7 +106,8 @@ class AtLeastOnce:
     def __init__(
         self,
         source: Source,
-        sinks: dict[Kind, Sequence[Sink]],
+        sinks: Mapping[Kind, Sequence[Sink]],
+        stores: Mapping[Kind, Sequence[Store]],
         refused: Callable[[Outcomes, Records, Sequence[ConnectorError]], Outcomes | None],
         settled: Callable[[Outcomes], None],
         *,
@@ -109,6 +117,7 @@ class AtLeastOnce:
         self._source = source
         self._outlets = {kind: [_Outlet(sink, deque()) for sink in several] for kind, several in sinks.items()}
         self._all = list(itertools.chain(*self._outlets.values()))
+        self._stores = stores
         self._refused = refused
         self._settled = settled
         self._max_backoff = max_backoff
@@ -117,15 +126,20 @@ class AtLeastOnce:
         self._size = 0
 
     def deliver(self, outcomes: Outcomes) -> None:
-        """Write to every sink of this kind; settle when all have confirmed."""
-        outlets = self._outlets[outcomes.kind]
+        """Write to every sink and store of this kind; settle when all have confirmed."""
+        outlets, stores = self._outlets[outcomes.kind], self._stores[outcomes.kind]
+        records = outcomes.records
         outcomes.started = self._clock()
-        outcomes.left = len(outlets)
-        outcomes.size = _bytes(outcomes.records.messages)
-        self._pending += len(outcomes.records)
+        outcomes.left = len(outlets) + len(stores)
+        outcomes.size = _bytes(records.messages)
+        self._pending += len(records)
         self._size += outcomes.size
         for outlet in outlets:
-            self._write(outlet, outcomes, outcomes.records)
+            self._write(outlet, outcomes, records)
+        for store in stores:
+            store.keep(records, partial(self._kept, outcomes))
+        if not outlets:
+            self._forget_bodies(outcomes)
 
     def _write(self, outlet: _Outlet, outcomes: Outcomes, records: Records) -> None:
         if outlet.waiting:
@@ -176,20 +190,58 @@ class AtLeastOnce:
         log.warning("write_failed", sink=outlet.sink.name, reason=why, retry_in=round(outlet.backoff, 3))
 
     def _confirm(self, outcomes: Outcomes) -> None:
+        """A sink has confirmed all of these."""
         outcomes.left -= 1
-        if outcomes.left == 0:
-            messages: Sequence[Message] = outcomes.records.messages
-            if outcomes.elsewhere:
-                messages = [m for m in messages if id(m) not in outcomes.elsewhere]
-            began = time.perf_counter()
-            self._source.settle(messages)
-            outcomes.settling = time.perf_counter() - began
-            self._pending -= len(messages)
-            self._size -= outcomes.size
+        if outcomes.singly is not None:
+            self._count_down(outcomes, range(len(outcomes.singly)))
+        elif outcomes.left == 0:
+            self._settle(outcomes, outcomes.records.messages)
+        if outcomes.left and outcomes.left == len(self._stores[outcomes.kind]):
+            self._forget_bodies(outcomes)  # no sink is left that could refuse one of them
+
+    def _kept(self, outcomes: Outcomes, positions: Sequence[int]) -> None:
+        """A store has completed an object with these."""
+        if len(positions) == len(outcomes.records) and outcomes.singly is None and outcomes.left == 1:
+            outcomes.left = 0  # the usual case: all at once, and nobody else is waited for
+            self._settle(outcomes, outcomes.records.messages)
+            return
+        if outcomes.singly is None:
+            outcomes.singly = [outcomes.left] * len(outcomes.records)
+        self._count_down(outcomes, positions)
+
+    def _count_down(self, outcomes: Outcomes, positions: Sequence[int]) -> None:
+        assert outcomes.singly is not None  # noqa: S101 - narrows the type; both callers have seen to it
+        for i in positions:
+            outcomes.singly[i] -= 1
+        messages = outcomes.records.messages
+        if ready := [messages[i] for i in positions if outcomes.singly[i] == 0]:
+            self._settle(outcomes, ready)
+
+    def _settle(self, outcomes: Outcomes, messages: Sequence[Message]) -> None:
+        """All sinks and stores have confirmed these."""
+        outcomes.done += len(messages)
+        if outcomes.elsewhere:
+            messages = [m for m in messages if id(m) not in outcomes.elsewhere]
+        size = outcomes.size if outcomes.singly is None else _bytes(messages)
+        began = time.perf_counter()
+        self._source.settle(messages)
+        outcomes.settling += time.perf_counter() - began
+        outcomes.size -= size
+        self._pending -= len(messages)
+        self._size -= size
+        if outcomes.done == len(outcomes.records):
             self._settled(outcomes)
 
+    def _forget_bodies(self, outcomes: Outcomes) -> None:
+        messages = [m for m in outcomes.records.messages if id(m) not in outcomes.elsewhere]
+        self._source.forget_bodies(messages)
+        self._size -= outcomes.size
+        outcomes.size = 0
+
     def tick(self) -> None:
-        """Let every sink report, then write again what is due."""
+        """Let every sink and store report, then write again what is due."""
+        for store in itertools.chain(*self._stores.values()):
+            store.tick()
         for outlet in self._all:
             outlet.sink.tick()
             if outlet.waiting and self._clock() >= outlet.retry_at:
@@ -214,9 +266,16 @@ class AtLeastOnce:
         for outlet in self._all:
             outlet.sink.rest()
 
+    def drain(self) -> None:
+        """What was given is to be durable soon: stores shall not wait for more."""
+        for store in itertools.chain(*self._stores.values()):
+            store.drain()
+
     def wake_at(self) -> float:
-        """Monotonic time of the next retry, or infinity."""
-        return min((o.retry_at for o in self._all if o.waiting), default=float("inf"))
+        """Monotonic time of the next retry, or of a store's next object; infinity for none."""
+        retries = (outlet.retry_at for outlet in self._all if outlet.waiting)
+        objects = (store.wake_at() for store in itertools.chain(*self._stores.values()))
+        return min(itertools.chain(retries, objects), default=float("inf"))
 
     def pending(self) -> int:
         """Outcomes whose requests are not settled."""
@@ -233,6 +292,9 @@ class AtLeastOnce:
                 return problem
             if outlet.waiting:
                 return f"{outlet.sink.name}: {len(outlet.waiting)} writes wait to be tried again"
+        for store in itertools.chain(*self._stores.values()):
+            if problem := store.healthy():
+                return problem
         return None
 
 

@@ -21,17 +21,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from inferbus.connectors.base import Message, Misconfigured
-from inferbus.worker import access
+from inferbus.worker import access, build
 from inferbus.worker.pipeline_file import load
 from inferbus.worker.supervisor import COMMAND
-
-if TYPE_CHECKING:
-    from inferbus.connectors.kafka_tools import KafkaReader
 
 DONE, BUG = 0, 70
 
@@ -168,11 +165,8 @@ def _prepared(out: Path, requests: Sequence[Request]) -> Path:
 
 @contextlib.contextmanager
 def _broker() -> Iterator[str]:
-    try:
-        from inferbus.connectors.embedded import embedded_broker  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError:
-        raise Misconfigured(access.MISSING) from None
-    with embedded_broker("digits.requests", "digits.predictions", "digits.errors") as brokers:
+    embedded = build.client("embedded")
+    with embedded.embedded_broker("digits.requests", "digits.predictions", "digits.errors") as brokers:
         yield brokers
 
 
@@ -183,9 +177,9 @@ def _exchanged(pipeline: Path, brokers: str, requests: Sequence[Request]) -> Out
     """Start a worker, publish the requests, read what becomes of them, stop the worker."""
     outcomes = Outcomes()
     settings = load(pipeline, [FETCH_SOON], {"BROKERS": brokers})
-    sink, errors = settings.sink[0].kafka, settings.errors[0].kafka
+    sink, errors = settings.sink[0].place, settings.errors[0].place
     with ExitStack() as stack:
-        publisher = stack.enter_context(access.publisher(settings.source.kafka))
+        publisher = stack.enter_context(access.publisher(settings.source.place))
         readers = [stack.enter_context(access.reader(settings, place)) for place in (sink, errors)]
         worker = stack.enter_context(_worker(pipeline, brokers))
         # The first one alone: once it is answered the worker has its partitions, and the rest sees it at work.
@@ -220,7 +214,7 @@ def _worker(pipeline: Path, brokers: str) -> Iterator[subprocess.Popen[bytes]]:
         worker.wait()
 
 
-def _await(outcomes: Outcomes, readers: Sequence[KafkaReader], worker: subprocess.Popen[bytes]) -> None:
+def _await(outcomes: Outcomes, readers: Sequence[access.Reader], worker: subprocess.Popen[bytes]) -> None:
     """Return when everything sent has an outcome, or when no more is to be expected."""
     until = time.monotonic() + PATIENCE
     while len(outcomes.seen) < len(outcomes.sent) and worker.poll() is None and time.monotonic() < until:

@@ -63,11 +63,13 @@ class ErrorRecord(NamedTuple):
         message: The request; its body is empty where the record was too large to keep it.
         headers: The request's own headers.
         error: What went wrong: id, code, message, stage, source, attempts, model, time.
+        place: Where the record lies, told anew alike by every reader.
     """
 
     message: Message
     headers: Headers
     error: dict[str, Any]
+    place: str
 
 
 def list_(settings: PipelineSettings, choice: Choice, *, as_json: bool) -> int:
@@ -102,7 +104,7 @@ def show(settings: PipelineSettings, request: str) -> int:
         }
         sys.stdout.write(orjson.dumps(whole, option=orjson.OPT_INDENT_2).decode() + "\n")
     if not found:
-        raise Misconfigured(f"no error record of a request {request!r} in {settings.errors[0].kafka.topic}")
+        raise Misconfigured(f"no error record of a request {request!r} in {settings.errors[0].place.label()}")
     return DONE
 
 
@@ -136,11 +138,14 @@ def replay(
     """
     count = omitted = late = spent = 0
     newest = _newest(settings, choice.ids)
+    published: set[str] = set()
     due = clock()
     with contextlib.ExitStack() as stack:
-        source = None if dry_run else stack.enter_context(access.publisher(settings.source.kafka))
+        source = None if dry_run else stack.enter_context(access.publisher(settings.source.place))
         for record in records(settings, choice, newest):
             headers = _headers_again(record, max_replays)
+            if record.place in published:
+                continue  # the same record once more, as a queue may hold it after a crash
             if _is_omitted(record):
                 omitted += 1
             elif _is_late(record):
@@ -149,6 +154,7 @@ def replay(
                 spent += 1
             else:
                 count += 1
+                published.add(record.place)
                 if source is None:
                     sys.stdout.write(_table_row(record.error))
                     continue
@@ -166,9 +172,7 @@ def replay(
     return DONE
 
 
-def records(
-    settings: PipelineSettings, choice: Choice, places: Container[object] | None = None
-) -> Iterator[ErrorRecord]:
+def records(settings: PipelineSettings, choice: Choice, places: Container[str] | None = None) -> Iterator[ErrorRecord]:
     """The error records meant, up to the end the topic has now; in order only within a partition.
 
     Args:
@@ -177,37 +181,38 @@ def records(
         places: If given, only those that lie there.
     """
     left = choice.limit
-    with access.reader(settings, settings.errors[0].kafka) as reader:
+    with access.reader(settings, settings.errors[0].place) as reader:
         for message in reader.to_end():
             if left == 0:
                 return
-            if places is not None and message.receipt not in places:
+            place = reader.whereabouts(message)
+            if places is not None and place not in places:
                 continue
-            record = _record(message)
+            record = _record(message, place)
             if record is not None and choice.takes(record.error):
                 left = None if left is None else left - 1
                 yield record
 
 
-def _newest(settings: PipelineSettings, ids: frozenset[str]) -> set[object]:
+def _newest(settings: PipelineSettings, ids: frozenset[str]) -> set[str]:
     """Where the newest error record of each request lies; no ids mean all. Bodies are not kept: they may be many."""
     newest: dict[str, tuple[int, float, str]] = {}
     for record in records(settings, Choice(ids)):
         id_ = str(record.error.get("id"))
         # Times are the clocks of different workers; the count of replays is the request's own.
-        rank = (_replays(record), _time(record.error), str(record.message.receipt))
+        rank = (_replays(record), _time(record.error), record.place)
         newest[id_] = max(rank, newest.get(id_, rank))
     return {place for _, _, place in newest.values()}
 
 
-def _record(message: Message) -> ErrorRecord | None:
+def _record(message: Message, place: str) -> ErrorRecord | None:
     """The message as an error record; None for anything else that was written to the topic."""
     own = tuple(header for header in message.headers if header[0] != "inferbus-error")
     try:
         error = orjson.loads(dict(message.headers)["inferbus-error"])
     except (KeyError, orjson.JSONDecodeError):
         return None
-    return ErrorRecord(message, own, error) if isinstance(error, dict) else None
+    return ErrorRecord(message, own, error, place) if isinstance(error, dict) else None
 
 
 def _headers_again(record: ErrorRecord, max_replays: int) -> Headers | None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from inferbus.connectors.base import Message, Records
 from inferbus.worker.delivery import Kind, Outcomes
 
-_Ready = tuple[Kind, Message, bytes, list[tuple[str, bytes]], float]
+_Ready = tuple[Kind, Records, float]
+"""One outcome: its kind, itself, and when its request came."""
 
 
 class KeyOrder:
@@ -36,11 +37,10 @@ class KeyOrder:
 
         Of a request that is expected no more none leaves: its next owner answers it.
         """
-        records = outcomes.records
         leaving: list[_Ready] = []
         arrivals = (at for at, count in outcomes.arrivals for _ in range(count))
-        for m, body, headers, arrived in zip(records.messages, records.bodies, records.headers, arrivals, strict=True):
-            ready: _Ready = (outcomes.kind, m, body, headers, arrived)
+        for i, (m, arrived) in enumerate(zip(outcomes.records.messages, arrivals, strict=True)):
+            ready: _Ready = (outcomes.kind, outcomes.records.take([i]), arrived)
             if m.key is None:
                 leaving.append(ready)
             elif id(m) in self._outcomes:
@@ -76,10 +76,6 @@ class KeyOrder:
                 runs.append((ready[0], []))
             runs[-1][1].append(ready)
         return [
-            Outcomes(
-                kind,
-                Records([r[1] for r in run], [r[1].key for r in run], [r[2] for r in run], [r[3] for r in run]),
-                [(r[4], 1) for r in run],
-            )
+            Outcomes(kind, Records.joined([records for _, records, _ in run]), [(arrived, 1) for *_, arrived in run])
             for kind, run in runs
         ]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import orjson
 
-from inferbus.connectors.base import Message, Records
+from inferbus.connectors.base import Columns, Message, Records
 from inferbus.models.base import ModelInfo
 
 Code = Literal[
@@ -59,6 +59,19 @@ def predictions(
         if m.headers:
             own += [h for h in m.headers if h[0] in CARRIED]
     return Records(messages, [m.key for m in messages], bodies, headers)
+
+
+def rows(messages: Sequence[Message], columns: Columns, shared: Sequence[tuple[str, bytes]]) -> Records:
+    """Predictions that nobody but stores takes: without bodies, and with headers only where they say something more.
+
+    Args:
+        messages: The requests answered.
+        columns: What the model answered them.
+        shared: Headers equal for the whole batch.
+    """
+    same = list(shared)
+    headers = [[*shared, *(h for h in m.headers if h[0] in CARRIED)] if m.headers else same for m in messages]
+    return Records(messages, [m.key for m in messages], [b""] * len(messages), headers, columns)
 
 
 def shared_headers(info: ModelInfo, batch: str, rows: int, seconds: float, worker: str) -> list[tuple[str, bytes]]:

@@ -23,12 +23,14 @@ import structlog
 
 from inferbus.connectors.base import (
     Bell,
+    Columns,
     ConnectorError,
     Fatal,
     Message,
     Records,
     Sink,
     Source,
+    Store,
     TooLarge,
     Unavailable,
     Unreadable,
@@ -37,7 +39,7 @@ from inferbus.models.base import Array, Codec, Executor, Group, ModelInfo, Signa
 from inferbus.models.codecs import finite_rows
 from inferbus.worker import outcomes as wire
 from inferbus.worker.batcher import Batch, Batcher, Piece
-from inferbus.worker.delivery import AtLeastOnce, Outcomes
+from inferbus.worker.delivery import AtLeastOnce, Kind, Outcomes
 from inferbus.worker.devices import Answer, Device, Segment
 from inferbus.worker.metrics import Metrics
 from inferbus.worker.order import KeyOrder
@@ -116,7 +118,7 @@ class Pipeline:
 
     Args:
         source: Where requests come from.
-        sinks: Where predictions go; all must confirm.
+        sinks: Where predictions go, sinks and stores; all must confirm.
         errors: Where error records go; all must confirm.
         codec: Makes the codec between bytes and columns, once the model is loaded and its signature known.
         executors: Replicas of the model, each on a thread of its own.
@@ -132,8 +134,8 @@ class Pipeline:
     def __init__(
         self,
         source: Source,
-        sinks: Sequence[Sink],
-        errors: Sequence[Sink],
+        sinks: Sequence[Sink | Store],
+        errors: Sequence[Sink | Store],
         codec: Callable[[Signature, ModelInfo], Codec],
         executors: Sequence[Executor],
         probe: Callable[[Signature], Tensors],
@@ -148,7 +150,7 @@ class Pipeline:
         self.bell = Bell()
         self.worker = f"{os.getpid():x}-{secrets.token_hex(3)}"
         self._source = source
-        self._sinks = [*sinks, *errors]
+        self._sinks: list[Sink | Store] = [*sinks, *errors]
         self._codec_for = codec
         self._limits = limits
         self._metrics = metrics
@@ -157,9 +159,21 @@ class Pipeline:
         self._wall = wall
         self._batcher = Batcher(limits.max_rows, limits.max_batch_bytes, limits.max_delay)
         self._order = KeyOrder() if ordered else None
+        stores: dict[Kind, list[Store]] = {
+            "prediction": [place for place in sinks if isinstance(place, Store)],
+            "error": [place for place in errors if isinstance(place, Store)],
+        }
+        # Where stores alone take predictions nobody reads bodies, so none are written.
+        self._in_columns = bool(stores["prediction"])
+        self._keeps = bool(stores["prediction"] or stores["error"])
+        self._in_bodies = len(stores["prediction"]) < len(sinks)
         self._delivery = AtLeastOnce(
             source,
-            {"prediction": sinks, "error": errors},
+            {
+                "prediction": [place for place in sinks if not isinstance(place, Store)],
+                "error": [place for place in errors if not isinstance(place, Store)],
+            },
+            stores,
             self._refused,
             self._on_settled,
             max_backoff=limits.max_backoff,
@@ -171,13 +185,14 @@ class Pipeline:
         self._batches = 0
         self._ahead = 1  # full batches a busy device may have queued
         self._largest = 1  # bytes of the largest message of late, for asking no more than fits
-        self._opened: list[Source | Sink] = []
+        self._opened: list[Source | Sink | Store] = []
         self._source_problem: str | None = None
         self._retry_at = 0.0
         self._backoff = 0.1
         self._stepped_at = clock()
         self._measure_at = 0.0
         self._leftovers = False
+        self._received_at = clock()
         self.draining = False
         self.fatal: str | None = None
 
@@ -215,7 +230,7 @@ class Pipeline:
         self._codec = self._codec_for(executor.signature, executor.info)
         self._metrics.set_model(self.info.name, self.info.version, self.info.executor, self.info.device)
 
-    def _open(self, place: Source | Sink, open_: Callable[[], None], until: float) -> None:
+    def _open(self, place: Source | Sink | Store, open_: Callable[[], None], until: float) -> None:
         backoff = 0.1
         while True:
             try:
@@ -252,6 +267,14 @@ class Pipeline:
         """Nothing is in flight, not even an unacknowledged commit."""
         return self.drained() and self._source.inflight()[0] == 0
 
+    def quiet_since(self) -> float:
+        """Monotonic time of the last message received, or of the start."""
+        return self._received_at
+
+    def hurry(self) -> None:
+        """No more is expected: stores complete the objects they have."""
+        self._delivery.drain()
+
     def exhausted(self) -> bool:
         """Nothing is left on the bus for this group; may block for seconds."""
         return self._source.exhausted()
@@ -269,6 +292,8 @@ class Pipeline:
         """Everything that can be done now; False when there was nothing."""
         now = self._clock()
         moved = self._collect()
+        if self.draining or self._nothing_to_wait_for():
+            self._delivery.drain()
         self._delivery.tick()
         self._tick_source(now)
         if self._leftovers:
@@ -277,6 +302,12 @@ class Pipeline:
             moved |= self._receive(now)
         self._expire(now)
         return self._dispatch(now, flush=self.draining) or moved
+
+    def _nothing_to_wait_for(self) -> bool:
+        """No request is between source and delivery, and none can come before stores have completed what they have."""
+        if not self._keeps or len(self._batcher) or self._busy():
+            return False
+        return self._source.ended() or not self._credit()
 
     def _tick_source(self, now: float) -> None:
         self._stepped_at = now
@@ -311,6 +342,7 @@ class Pipeline:
         while not finished() and self._clock() < until:
             self._stepped_at = self._clock()
             moved = self._collect()
+            self._delivery.drain()
             self._delivery.tick()
             self._expire(self._clock())
             moved |= self._dispatch(self._clock(), flush=True)
@@ -363,6 +395,7 @@ class Pipeline:
         self._backoff = 0.1
         if not messages:
             return False
+        self._received_at = now
         self._metrics.received(self._source.name, len(messages))
         self._accept(messages, now)
         return True
@@ -597,13 +630,24 @@ class Pipeline:
             if not share.messages:
                 return
         try:
-            bodies, formats = self._codec.encode(share.outputs, share.rows, share.asks, [m.id for m in share.messages])
+            records = self._records(share, shared)
         except Exception as error:  # noqa: BLE001 - whatever it is, one answer harms only its request
             self._unencodable(share, shared, faults, error)
             return
-        records = wire.predictions(share.messages, bodies, formats, shared)
         self._metrics.stage("encode", time.perf_counter() - began)
         self._deliver(Outcomes("prediction", records, share.arrivals))
+
+    def _records(self, share: Share, shared: Shared) -> Records:
+        """Predictions as records, in the forms that sinks and stores take."""
+        columns = None
+        if self._in_columns:
+            columns = Columns(share.outputs, share.rows, self.info.name, self.info.version, self._wall())
+            if not self._in_bodies:
+                return wire.rows(share.messages, columns, shared)
+        bodies, formats = self._codec.encode(share.outputs, share.rows, share.asks, [m.id for m in share.messages])
+        records = wire.predictions(share.messages, bodies, formats, shared)
+        records.columns = columns
+        return records
 
     def _unencodable(self, share: Share, shared: Shared, faults: list[wire.Fault], error: Exception) -> None:
         """One answer cannot be written in its format: go one by one, so that only it fails."""

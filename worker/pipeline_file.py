@@ -38,7 +38,7 @@ from inferbus.worker.settings import (
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 
 _LATER_KEYS = {
-    *((place, bus) for place in ("source", "sink", "errors") for bus in ("rabbitmq", "sqs", "s3", "file")),
+    ("source", "s3"),
     *((key,) for key in ("replies", "claim_check", "shadow")),
 }
 _LATER_VALUES = {

@@ -15,11 +15,18 @@ WINDOW = 2.0
 
 
 class ProgressLine:
-    """Redraws itself from `metrics` at most four times a second; the rate is that of the last two seconds."""
+    """Redraws itself from `metrics` at most four times a second; the rate is that of the last two seconds.
 
-    def __init__(self, metrics: Metrics, screen: Screen) -> None:
+    Args:
+        metrics: What is counted.
+        screen: Where it is shown.
+        bounded: The source has an end: what is left is shown, and about how long it takes.
+    """
+
+    def __init__(self, metrics: Metrics, screen: Screen, *, bounded: bool = False) -> None:
         self._metrics = metrics
         self._screen = screen
+        self._bounded = bounded
         self._due = float("-inf")
         self._seen: deque[tuple[float, int]] = deque()  # time, outcomes by then
 
@@ -29,13 +36,20 @@ class ProgressLine:
             return
         self._due = now + INTERVAL
         totals = self._metrics.totals()
+        done = totals.ok + totals.errors
+        rate = self._rate(now, done)
         parts = [
-            f"{self._rate(now, totals.ok + totals.errors):,.0f}/s",
+            f"{rate:,.0f}/s",
             f"in flight {totals.inflight:,}",
             f"ok {totals.ok:,}",
             f"errors {totals.errors:,}",
         ]
-        if totals.lag is not None:
+        if totals.lag is not None and self._bounded:
+            # Lines not read yet are an estimate, by the size of those that were.
+            parts[:2] = _share(done, totals.received + totals.lag), f"{rate:,.0f}/s"
+            if rate > 0:
+                parts.insert(2, f"{_clock((totals.received + totals.lag - done) / rate)} left")
+        elif totals.lag is not None:
             parts.insert(1, f"lag {totals.lag:,}")
         self._screen.show("  ".join(parts))
 
@@ -50,3 +64,15 @@ class ProgressLine:
             self._seen.popleft()
         before, then = self._seen[0]
         return (outcomes - then) / (now - before) if now > before else 0.0
+
+
+def _share(done: int, all_: int) -> str:
+    """A bar of twenty, and the numbers."""
+    filled = 20 * done // all_ if all_ else 20
+    return f"[{'#' * filled}{'.' * (20 - filled)}] {done:,} of {all_:,}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -16,7 +16,7 @@ from types import FrameType
 
 import structlog
 
-from inferbus.connectors.base import Unavailable
+from inferbus.connectors.base import Misconfigured, Unavailable
 from inferbus.worker import build, logs
 from inferbus.worker.http import Listener
 from inferbus.worker.memory import Memory, keep_freed
@@ -79,6 +79,8 @@ class Watch:
             return True
         if not self._pipeline.idle():
             self._idle_since = None
+            if now - self._pipeline.quiet_since() >= max(until_idle, LOOK):
+                self._pipeline.hurry()  # what waits for a fuller object keeps the run from its end
             return False
         if self._idle_since is None:
             # The clock starts once nothing is left for anyone, and is read against a second look.
@@ -122,13 +124,18 @@ def run(settings: PipelineSettings, *, workers: int = 1, until_idle: float | Non
     screen = logs.Screen(sys.stderr)
     logs.configure(screen, settings.redact)
     child = child_index()
+    bounded = settings.source.kind == "file"
+    if bounded and workers > 1:
+        raise Misconfigured("--workers: one worker reads the files of a job; expected 1")
+    if bounded and until_idle is None:
+        until_idle = 0.0  # it ends with the files
     if workers > 1 and child is None:
         gc.enable()
         return supervise(sys.argv[1:], workers, settings.http, until_idle, log)
     keep_freed(settings.flow.max_inflight_bytes)
     metrics = Metrics()
     pipeline = build.pipeline(settings, metrics, child)
-    watch = Watch(settings, pipeline, until_idle, ProgressLine(metrics, screen))
+    watch = Watch(settings, pipeline, until_idle, ProgressLine(metrics, screen, bounded=bounded))
     with signals(watch), listening(settings, pipeline, metrics, child):
         return serve(settings, pipeline, watch, metrics)
 

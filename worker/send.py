@@ -45,8 +45,8 @@ def send(settings: PipelineSettings, file: Path, wait: bool, *, timeout: float =
         return DONE
     with contextlib.ExitStack() as stack:
         # Readers first: an outcome that came before they stood at the end would never be seen.
-        sink = stack.enter_context(access.reader(settings, settings.sink[0].kafka, "end"))
-        errors = stack.enter_context(access.reader(settings, settings.errors[0].kafka, "end"))
+        sink = stack.enter_context(access.reader(settings, settings.sink[0].place, "end"))
+        errors = stack.enter_context(access.reader(settings, settings.errors[0].place, "end"))
         missing = _publish(settings, file)
         until = time.monotonic() + timeout
         while missing and (left := until - time.monotonic()) > 0:
@@ -69,7 +69,7 @@ def _publish(settings: PipelineSettings, file: Path) -> Counter[str]:
     """Publish the lines of `file` and, once all are acknowledged, say how many; returns each id and its number."""
     ids: Counter[str] = Counter()
     form = settings.requests.format
-    with _opened(file) as lines, access.publisher(settings.source.kafka) as publisher:
+    with _opened(file) as lines, access.publisher(settings.source.place) as publisher:
         if lines.seekable():  # a pipe is read once only: what came before a wrong line may then be published
             for _ in _bodies(lines, file, form):
                 pass
@@ -82,7 +82,7 @@ def _publish(settings: PipelineSettings, file: Path) -> Counter[str]:
             publisher.finish()
         except TooLarge as error:
             raise Misconfigured(f"{file}: a request is larger than the source takes ({error})") from None
-    sys.stderr.write(f"inferbus: {ids.total()} requests published to {settings.source.kafka.topic}\n")
+    sys.stderr.write(f"inferbus: {ids.total()} requests published to {settings.source.place.label()}\n")
     return ids
 
 

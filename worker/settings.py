@@ -9,29 +9,37 @@ Invariant: durations are float seconds, sizes are int bytes, paths lead from the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     PrivateAttr,
-    ValidationInfo,
     model_validator,
 )
 
 from inferbus.connectors.settings import (
     Count,
     Duration,
+    FilePath,
+    FileSinkSettings,
+    FileSourceSettings,
     KafkaSinkSettings,
     KafkaSourceSettings,
     Port,
+    RabbitmqSinkSettings,
+    RabbitmqSourceSettings,
+    S3SinkSettings,
     Settings,
+    SinkPlace,
     Size,
+    SourcePlace,
+    SqsSinkSettings,
+    SqsSourceSettings,
+    StoreSettings,
     Text,
     matching,
     spell_size,
@@ -81,21 +89,6 @@ def _forms(secret: str) -> Iterable[str]:
         yield text
         yield repr(text)[1:-1]
         yield text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def _from_the_files_folder(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = info.context["folder"] if info.context else Path()
-    return folder / path
-
-
-def _local(value: object) -> object:
-    if isinstance(value, str) and "://" in value:
-        raise ValueError("addresses are not available yet; expected a path on this machine")
-    return value
-
-
-FilePath = Annotated[Path, BeforeValidator(_local, json_schema_input_type=str), AfterValidator(_from_the_files_folder)]
-"""A path; in the file it is relative to the file's own folder."""
 
 
 class ModelSettings(Settings):
@@ -205,16 +198,64 @@ class FlowSettings(Settings):
     )
 
 
-class SourceSettings(Settings):
-    """Where requests come from."""
+def _one_of(section: Settings) -> str:
+    """The one connector a place names; `ValueError` where it names none or several."""
+    named = [name for name in type(section).model_fields if getattr(section, name) is not None]
+    if len(named) != 1:
+        every = ", ".join(type(section).model_fields)
+        raise ValueError(f"expected one of {every}" + (f", got {' and '.join(named)}" if named else ""))
+    return named[0]
 
-    kafka: KafkaSourceSettings = Field(description="A Kafka topic.")
+
+class SourceSettings(Settings):
+    """Where requests come from: one of these."""
+
+    kafka: KafkaSourceSettings | None = Field(default=None, description="A Kafka topic.")
+    rabbitmq: RabbitmqSourceSettings | None = Field(default=None, description="A RabbitMQ queue.")
+    sqs: SqsSourceSettings | None = Field(default=None, description="An SQS queue.")
+    file: FileSourceSettings | None = Field(default=None, description="Files, read once: a bounded job.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        _one_of(self)
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which it is, such as `kafka`."""
+        return _one_of(self)
+
+    @property
+    def place(self) -> SourcePlace:
+        """Its settings."""
+        place: SourcePlace = getattr(self, self.kind)
+        return place
 
 
 class SinkSettings(Settings):
-    """Where records go."""
+    """Where records go: one of these."""
 
-    kafka: KafkaSinkSettings = Field(description="A Kafka topic.")
+    kafka: KafkaSinkSettings | None = Field(default=None, description="A Kafka topic.")
+    rabbitmq: RabbitmqSinkSettings | None = Field(default=None, description="A RabbitMQ exchange, or a queue.")
+    sqs: SqsSinkSettings | None = Field(default=None, description="An SQS queue.")
+    s3: S3SinkSettings | None = Field(default=None, description="Objects in a bucket.")
+    file: FileSinkSettings | None = Field(default=None, description="Files in a folder.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        _one_of(self)
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which it is, such as `kafka`."""
+        return _one_of(self)
+
+    @property
+    def place(self) -> SinkPlace:
+        """Its settings."""
+        place: SinkPlace = getattr(self, self.kind)
+        return place
 
 
 Sinks = Annotated[
@@ -309,26 +350,31 @@ class PipelineSettings(Settings):
 
 def completed(settings: PipelineSettings) -> PipelineSettings:
     """The same pipeline with everything filled in that defaults to another setting."""
-    source = settings.source.kafka
-    source = source.model_copy(update={"group": source.group or settings.name})
-    errors = settings.errors or (SinkSettings(kafka=KafkaSinkSettings(topic=f"{settings.name}.errors")),)
-
-    inherited = {"brokers": source.brokers, "config": source.config}
+    kind = settings.source.kind
+    source = settings.source.place.completed(settings.name)
+    errors = settings.errors or (SinkSettings.model_validate({kind: source.errors(settings.name)}),)
 
     def like_the_source(sink: SinkSettings) -> SinkSettings:
-        return SinkSettings(kafka=sink.kafka.model_copy(update={**inherited, **_given(sink.kafka)}))
+        return sink.model_copy(update={sink.kind: sink.place.completed(source)})
 
+    sinks = tuple(map(like_the_source, settings.sink))
     return settings.model_copy(
         update={
-            "source": SourceSettings(kafka=source),
-            "sink": tuple(map(like_the_source, settings.sink)),
+            "source": settings.source.model_copy(update={kind: source}),
+            "sink": sinks,
             "errors": tuple(map(like_the_source, errors)),
+            "flow": _room_for_objects(settings.flow, sinks, source.most_unsettled),
         }
     )
 
 
-def _given(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.model_fields_set}
+def _room_for_objects(flow: FlowSettings, sinks: Sequence[SinkSettings], most: int | None) -> FlowSettings:
+    """Requests wait unsettled for their object, so by default twice the largest may be under way beside the next."""
+    rows = max((sink.place.max_rows for sink in sinks if isinstance(sink.place, StoreSettings)), default=0)
+    if "max_inflight" in flow.model_fields_set:
+        return flow
+    room = max(flow.max_inflight, 4 * rows)
+    return flow.model_copy(update={"max_inflight": room if most is None else min(room, most)})
 
 
 def contradictions(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
@@ -363,43 +409,48 @@ def contradictions(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...]
             f"{settings.model.name!r} is a name, and no `repository` is set to look it up in; "
             "expected a model file (.onnx or .py), or `repository`",
         )
-    yield from _wrong_ports(settings)
-    yield from _shared_topics(settings)
+    yield from _hopeless_objects(settings)
+    yield from _unreachable(settings)
+    yield from _shared_places(settings)
 
 
-def _wrong_ports(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
-    source = settings.source.kafka.brokers
-    places: list[tuple[Way, str]] = [(("source",), source)]
+def _hopeless_objects(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
+    """Objects that could not be filled: requests that wait for theirs count as in flight."""
+    inflight, bound = settings.flow.max_inflight, settings.source.place.most_unsettled
+    most = min(inflight, bound or inflight) // 2
     for use in ("sink", "errors"):
-        # What a sink has from the source is told there.
-        sinks = enumerate(getattr(settings, use))
-        places += [((use, i), sink.kafka.brokers) for i, sink in sinks if sink.kafka.brokers != source]
-    for way, brokers in places:
-        for address in map(str.strip, brokers.split(",")):
-            _, colon, port = address.rpartition("://")[2].rpartition(":")
-            # Without a port it is 9092; an IPv6 address without one ends in a bracket.
-            if colon and "]" not in port and not (port.isdecimal() and 0 < int(port) < 65536):
-                yield ((*way, "kafka", "brokers"),), f"{port!r} in {address!r} is no port; expected host:port"
+        for i, sink in enumerate(getattr(settings, use)):
+            place = sink.place
+            if isinstance(place, StoreSettings) and "max_rows" in place.model_fields_set and place.max_rows > most:
+                yield (
+                    ((use, i, sink.kind, "max_rows"), ("flow", "max_inflight")),
+                    f"{place.max_rows} requests would wait for one object, and at most {2 * most} may be unsettled "
+                    f"(flow.max_inflight{', ' + settings.source.kind if bound else ''}); expected half of that or less",
+                )
 
 
-def _shared_topics(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
-    source = settings.source.kafka
-    taken: dict[object, tuple[Way, str]] = {
-        _topic_at(source.brokers, source.topic): (("source", "kafka", "topic"), "requests are read from")
-    }
+def _unreachable(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
+    """Sinks that have no source on their bus to learn from where that is."""
+    for use in ("sink", "errors"):
+        for i, sink in enumerate(getattr(settings, use)):
+            for key in ("brokers", "url"):
+                if getattr(sink.place, key, None) == "":
+                    text = f"is missing; the source is on {settings.source.kind}, so it must be said here"
+                    yield ((use, i, sink.kind, key),), text
+
+
+def _shared_places(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...], str]]:
+    way: Way = ("source", settings.source.kind)
+    taken: dict[object, tuple[Way, str]] = {settings.source.place.identity(): (way, "requests are read from")}
     for place, use in (("sink", "predictions go to"), ("errors", "error records go to")):
         for i, sink in enumerate(getattr(settings, place)):
-            way: Way = (place, i, "kafka", "topic")
-            topic = _topic_at(sink.kafka.brokers, sink.kafka.topic)
-            if topic in taken:
-                other, why = taken[topic]
-                yield (way, other), f"{sink.kafka.topic!r} is the topic that {why}; expected another one"
+            way = (place, i, sink.kind)
+            identity = sink.place.identity()
+            if identity in taken:
+                other, why = taken[identity]
+                yield (way, other), f"{sink.place.label()} is where {why}; expected another one"
             else:
-                taken[topic] = way, use
-
-
-def _topic_at(brokers: str, topic: str) -> tuple[frozenset[str], str]:
-    return frozenset(address.strip() for address in brokers.split(",")), topic
+                taken[identity] = way, use
 
 
 def effective(settings: PipelineSettings) -> str:

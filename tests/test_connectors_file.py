@@ -1,0 +1,321 @@
+"""Files as a source of bounded jobs, folders as stores, and whole jobs of both."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow.parquet as pq
+import pytest
+
+from inferbus.connectors.base import Bell, Headers, Message, Misconfigured, Sink, Source, Unavailable
+from inferbus.connectors.file import FileSource, Folder
+from inferbus.worker.supervisor import COMMAND
+from tests import tiny_models
+from tests.connector_contract import ConnectorContract, Place, Seen, no_drain, opened, receive
+
+SOAK = "INFERBUS_SOAK" in os.environ
+
+
+class FilePlace(Place):
+    """Requests in a file, and a progress file for each group."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        lines(folder / "in.jsonl")
+
+    def publish(self, body: bytes, key: bytes | None = None, headers: Headers = ()) -> None:
+        assert not headers, "a line has no headers"
+        del key
+        with (self.folder / "in.jsonl").open("ab") as file:
+            file.write(body + b"\n")
+
+    def source(self, group: str = "g") -> FileSource:
+        return FileSource(self.folder / "in.jsonl", self.folder / group)
+
+    def sink(self) -> Sink:
+        raise NotImplementedError("a folder takes records by the object: see tests/test_objects.py")
+
+    def seen(self) -> list[Seen]:
+        raise NotImplementedError
+
+    def kill(self, source: Source) -> None:
+        """Nothing is saved: what was not saved was not done."""
+        assert isinstance(source, FileSource)
+        source._close_file()
+
+
+class TestFiles(ConnectorContract):
+    """A line is a body and nothing else, so some promises look different."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Place:
+        return FilePlace(tmp_path)
+
+    def test_ids_are_stable_across_deliveries_and_given_ids_win(self, place: Place) -> None:
+        place.publish(b"plain")
+        ids = []
+        for _ in range(2):
+            source = place.source()
+            source.open(Bell(), no_drain)
+            ids += [m.id for m in receive(source, 1)]
+            place.kill(source)
+        assert ids == ["in.jsonl-0", "in.jsonl-0"]
+
+    def test_keys_bodies_and_headers_come_byte_for_byte(self, place: Place) -> None:
+        body = bytes(byte for byte in range(256) if byte not in b"\n") + b"x"
+        place.publish(b"x" + body)
+        with opened(place.source()) as source:
+            (message,) = receive(source, 1)
+        assert (message.body, message.key, message.headers, message.attempts) == (b"x" + body, None, (), 1)
+
+    def test_a_write_is_durable_when_it_is_done_and_nothing_is_changed(self, place: Place) -> None:
+        assert isinstance(place, FilePlace)
+        folder, bell, done = Folder(place.folder / "out"), Bell(), []
+        folder.open(bell)
+        folder.put("a/b", lambda: bytes(range(256)), lambda: done.append(1))
+        until = time.monotonic() + 10.0
+        while not done and time.monotonic() < until:
+            bell.wait(0.1)
+            folder.tick()
+        assert (place.folder / "out/a/b").read_bytes() == bytes(range(256))
+        folder.close(1.0)
+
+    def test_opening_and_closing_twice_is_harmless(self, place: Place) -> None:
+        source, folder = place.source(), Folder(Path("out"))
+        source.open(Bell(), no_drain)
+        for _ in range(2):
+            source.close()
+            folder.close(0.1)
+        with opened(place.source()) as again:
+            place.publish(b"one")
+            assert [m.body for m in receive(again, 1)] == [b"one"]
+
+
+def lines(path: Path, *bodies: bytes) -> Path:
+    path.write_bytes(b"".join(body + b"\n" for body in bodies))
+    return path
+
+
+def begun(path: Path, progress: Path) -> FileSource:
+    source = FileSource(path, progress)
+    source.open(Bell(), no_drain)
+    return source
+
+
+def rest(source: FileSource) -> list[Message]:
+    """All that is left."""
+    messages: list[Message] = []
+    while not source.ended():
+        messages += source.receive(3)
+    return messages
+
+
+def save(source: FileSource, messages: list[Message]) -> None:
+    """Settle, and wait until it is saved."""
+    source.settle(messages)
+    until = time.monotonic() + 10.0
+    before = source.inflight()[0]
+    while source.inflight()[0] == before and time.monotonic() < until:
+        source.tick(time.monotonic())
+        time.sleep(0.001)
+
+
+def test_each_line_is_a_request_named_by_its_place_and_blank_ones_are_none(tmp_path: Path) -> None:
+    source = begun(lines(tmp_path / "a.jsonl", b"one", b"", b"  two \r"), tmp_path / "p")
+    messages = rest(source)
+    assert [(m.id, m.body, m.key, m.headers) for m in messages] == [
+        ("a.jsonl-0", b"one", None, ()),
+        ("a.jsonl-2", b"two", None, ()),
+    ]
+    assert source.locate(messages[1]) == "file:a.jsonl/3"
+    assert source.inflight() == (2, 6)
+    assert source.exhausted()
+    source.close()
+
+
+def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines(folder / "b.jsonl", b"3")
+    lines(folder / "a.jsonl", b"1", b"2")
+    lines(folder / "notes.txt", b"no")
+    source = begun(folder, tmp_path / "p")
+    assert [m.body for m in rest(source)] == [b"1", b"2", b"3"]
+    source.close()
+
+
+def test_the_next_run_begins_where_this_one_was_settled(tmp_path: Path) -> None:
+    path, progress = lines(tmp_path / "a.jsonl", *(b"%d" % i for i in range(10))), tmp_path / "p"
+    source = begun(path, progress)
+    messages = rest(source)
+    save(source, messages[:4] + messages[5:7])
+    assert source.inflight()[0] == 10 - 3  # chunks of three are freed whole
+    source._close_file()  # as in a crash: nothing is saved that was not
+    source = begun(path, progress)
+    again = rest(source)
+    assert [m.body for m in again] == [b"%d" % i for i in range(4, 10)]
+    assert [m.id for m in again] == [m.id for m in messages[4:]]
+    source.settle(again)
+    source.close()
+    with closing(begun(path, progress)) as source:
+        assert rest(source) == []
+
+
+def test_lines_that_are_added_later_are_served_by_the_next_run(tmp_path: Path) -> None:
+    path, progress = lines(tmp_path / "a.jsonl", b"1"), tmp_path / "p"
+    source = begun(path, progress)
+    source.settle(rest(source))
+    source.close()
+    lines(path, b"1", b"2")
+    with closing(begun(path, progress)) as source:
+        assert [m.id for m in rest(source)] == ["a.jsonl-1"]
+
+
+def test_how_much_is_left_is_told_in_lines(tmp_path: Path) -> None:
+    source = begun(lines(tmp_path / "a.jsonl", *[b"12345"] * 100), tmp_path / "p")
+    assert source.lag() is None
+    source.receive(40)
+    assert source.lag() == 60
+    source.close()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "why"),
+    [
+        (lambda _: None, "there is no such file"),
+        (lambda folder: (folder / "in").mkdir(), r"no file in it is called \*.jsonl or \*.ndjson"),
+        (lambda folder: (lines(folder / "in"), (folder / "p").write_text("{}")), "cannot be read as the progress"),
+        (
+            lambda folder: (lines(folder / "in"), (folder / "p").write_text('{"lines": {"in": [3, 99]}}')),
+            "is shorter than .*/p says was read of it; delete that to begin anew",
+        ),
+    ],
+)
+def test_a_job_that_cannot_begin_says_why(tmp_path: Path, prepare: Callable[[Path], Any], why: str) -> None:
+    prepare(tmp_path)
+    with pytest.raises(Misconfigured, match=why):
+        begun(tmp_path / "in", tmp_path / "p")
+
+
+def test_a_folder_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
+    lines(tmp_path / "taken")
+    with pytest.raises(Unavailable, match="taken/out: cannot be written: Not a directory"):
+        Folder(tmp_path / "taken/out").open(Bell())
+
+
+def test_an_object_replaces_what_had_its_name_and_leaves_nothing_else(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "out")
+    bell = Bell()
+    folder.open(bell)
+    done: list[str] = []
+    for content in (b"old", b"new"):
+        folder.put("a/b.jsonl", lambda content=content: content, lambda: done.append("x"))  # type: ignore[misc]
+    until = time.monotonic() + 10.0
+    while len(done) < 2 and time.monotonic() < until:
+        bell.wait(0.1)
+        folder.tick()
+    folder.close(1.0)
+    assert [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()] == [b"new"]
+
+
+# Whole jobs
+
+
+class Job:
+    """A pipeline of files and a model that doubles."""
+
+    def __init__(self, folder: Path, sink: str = "{file: {path: out, max_rows: 500}}") -> None:
+        self.folder = folder
+        tiny_models.python_model(folder)
+        (folder / "job.yaml").write_text(
+            f"name: job\nmodel: model.py\nsource: {{file: {{path: in.jsonl}}}}\nsink: {sink}\nhttp: null\n"
+        )
+
+    def requests(self, count: int, *odd: bytes) -> None:
+        bodies = [
+            orjson.dumps({"id": str(i), "inputs": [
+                {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [i + 0.25, 0.5, 0]}]})
+            for i in range(count)
+        ]  # fmt: skip
+        lines(self.folder / "in.jsonl", *bodies, *odd)
+
+    def start(self, *flags: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(  # noqa: S603 - our own command
+            [*COMMAND, "run", "job.yaml", *flags], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def finish(self, *flags: str) -> str:
+        job = self.start(*flags)
+        said = job.communicate(timeout=120)[0].decode()
+        assert job.returncode == 0, said
+        return said
+
+    def rows(self, folder: str) -> Iterator[dict[str, Any]]:
+        for path in sorted((self.folder / folder).rglob("*")):
+            if path.suffix == ".parquet":
+                yield from pq.read_table(path).to_pylist()
+            elif path.is_file():
+                yield from map(orjson.loads, path.read_bytes().splitlines())
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_a_job_ends_by_itself_with_every_line_accounted_for(job: Job) -> None:
+    job.requests(2000, b"oops", b'{"inputs": []}')
+    job.finish()
+    assert [row["id"] for row in job.rows("out")] == [f"in.jsonl-{i}" for i in range(2000)]
+    assert [row["y"] for row in job.rows("out")] == [[2.0 * i + 0.5, 1.0, 0.0] for i in range(2000)]
+    errors = {row["id"]: (row["error"]["code"], row["body"]) for row in job.rows("job.errors")}
+    assert errors == {
+        "in.jsonl-2000": ("invalid_request", "oops"),
+        "in.jsonl-2001": ("invalid_request", '{"inputs": []}'),
+    }
+
+
+def test_parquet_files_hold_the_same_rows(job: Job) -> None:
+    job.requests(1000)
+    job.finish("--set", "sink.file.format=parquet")
+    assert {path.suffix for path in (job.folder / "out").rglob("*") if path.is_file()} == {".parquet"}
+    assert [row["y"] for row in job.rows("out")] == [[2.0 * i + 0.5, 1.0, 0.0] for i in range(1000)]
+
+
+def test_a_job_that_is_killed_again_and_again_loses_and_doubles_no_row(job: Job) -> None:
+    count, kills = (200_000, 30) if SOAK else (40_000, 6)
+    job.requests(count, *[b"oops"] * 100)
+    progress = job.folder / "in.jsonl.job.progress"
+    done = 0
+    while done < kills:
+        before = progress.read_bytes() if progress.exists() else b""
+        worker = job.start("--set", "flow.max_inflight=2000")
+        until = time.monotonic() + 60
+        while not progress.exists() or progress.read_bytes() == before:  # a life that did nothing proves nothing
+            assert worker.poll() is None, "it ended before it could be killed: give it more lines"
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.1))  # noqa: S311 - anywhere between two savings
+        worker.kill()
+        worker.communicate()
+        done += 1
+    job.finish()
+    assert Counter(row["id"] for row in job.rows("out")) == Counter(f"in.jsonl-{i}" for i in range(count))
+    failed = Counter(row["id"] for row in job.rows("job.errors"))
+    assert failed == Counter(f"in.jsonl-{i}" for i in range(count, count + 100))
+
+
+def test_a_job_has_one_worker(job: Job) -> None:
+    job.requests(1)
+    worker = job.start("--workers", "2")
+    assert worker.communicate(timeout=60)[0].endswith(b"--workers: one worker reads the files of a job; expected 1\n")
+    assert worker.returncode == 1

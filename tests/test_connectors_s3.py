@@ -1,0 +1,113 @@
+"""A bucket as a shelf, on a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from inferbus.connectors.base import Bell, Unavailable
+from inferbus.connectors.s3 import PART, Bucket
+from tests.servers import S3
+
+pytestmark = pytest.mark.broker
+
+PATIENCE = 30.0
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3.credentials[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3.credentials[1])
+
+
+def made(s3: S3, bucket: str, prefix: str = "") -> Bucket:
+    return Bucket(bucket, prefix, region=s3.region, endpoint_url=s3.url)
+
+
+def put(shelf: Bucket, contents: dict[str, bytes]) -> None:
+    """Put objects, and wait until all are there."""
+    done: list[str] = []
+    for name, content in contents.items():
+        shelf.put(name, lambda content=content: content, lambda name=name: done.append(name))  # type: ignore[misc]
+    until(lambda: shelf.tick() or len(done) == len(contents))  # type: ignore[func-returns-value, redundant-expr]
+
+
+def until(happened: Callable[[], bool]) -> None:
+    last = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < last, "it did not come to that"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def bucket(s3: S3) -> Iterator[tuple[str, Bucket]]:
+    name = s3.bucket()
+    shelf = made(s3, name, "out/")
+    shelf.open(Bell())
+    yield name, shelf
+    shelf.close(1.0)
+
+
+def test_an_object_lies_under_prefix_and_name_and_replaces_what_had_it(s3: S3, bucket: tuple[str, Bucket]) -> None:
+    name, shelf = bucket
+    put(shelf, {"a/1.jsonl": b"old", "a/2.jsonl": b""})
+    put(shelf, {"a/1.jsonl": b"new"})
+    assert s3.objects(name) == {"out/a/1.jsonl": b"new", "out/a/2.jsonl": b""}
+
+
+def test_a_large_object_goes_in_parts_and_arrives_whole(s3: S3, bucket: tuple[str, Bucket]) -> None:
+    name, shelf = bucket
+    content = os.urandom(5 * PART + 12345)
+    put(shelf, {"large": content, "exactly": content[:PART]})
+    assert s3.objects(name) == {"out/large": content, "out/exactly": content[:PART]}
+    assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=name)
+
+
+def test_many_objects_at_once_are_all_stored(s3: S3, bucket: tuple[str, Bucket]) -> None:
+    name, shelf = bucket
+    contents = {f"{i:03}": b"%d" % i for i in range(100)}
+    put(shelf, contents)
+    assert s3.objects(name) == {f"out/{key}": content for key, content in contents.items()}
+
+
+def test_what_cannot_be_stored_now_is_stored_later(s3: S3, bucket: tuple[str, Bucket]) -> None:
+    name, shelf = bucket
+    s3.client.delete_object(Bucket=name, Key="out/_inferbus")
+    s3.client.delete_bucket(Bucket=name)
+    done: list[str] = []
+    shelf.put("late", lambda: b"content", lambda: done.append("x"))
+    until(lambda: shelf.healthy() is not None)
+    assert shelf.healthy() == f's3: bucket "{name}": PutObject failed with NoSuchBucket'
+    s3.client.create_bucket(Bucket=name)
+    until(lambda: shelf.tick() or bool(done))  # type: ignore[func-returns-value, redundant-expr]
+    assert s3.objects(name) == {"out/late": b"content"}
+    assert shelf.healthy() is None
+
+
+def test_closing_waits_no_longer_than_it_may(s3: S3) -> None:
+    name = s3.bucket()
+    shelf = made(s3, name)
+    shelf.open(Bell())
+    s3.client.delete_object(Bucket=name, Key="_inferbus")
+    s3.client.delete_bucket(Bucket=name)
+    done: list[str] = []
+    shelf.put("never", lambda: b"content", lambda: done.append("x"))
+    began = time.monotonic()
+    shelf.close(0.2)
+    shelf.close(0.2)
+    assert time.monotonic() - began < 5.0
+    assert done == []
+
+
+def test_a_bucket_that_is_not_there_or_not_ours_is_told_in_one_line(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unavailable, match=r'^s3: bucket "no-such-one" does not exist; create it, or correct the name$'):
+        made(s3, "no-such-one").open(Bell())
+    with pytest.raises(Unavailable, match=r'^s3: bucket "b-1": no answer from 127.0.0.1:9 \(\w+\)$'):
+        Bucket("b-1", region="us-east-1", endpoint_url="http://127.0.0.1:9").open(Bell())
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(Unavailable, match="the credentials are not accepted") as caught:
+        made(s3, s3.bucket()).open(Bell())
+    assert "wrong-secret" not in str(caught.value)
