@@ -188,11 +188,18 @@ class Records:
         )
 
 
-def resolve_id(headers: Headers) -> str | None:
-    """The id the sender gave: header `inferbus-id`, else CloudEvents source and id; None when there is neither."""
+def resolve_id(headers: Headers, named: str | None = None) -> str | None:
+    """The id the sender gave; None when there is none.
+
+    Args:
+        headers: Where it is `inferbus-id`, or else that of a CloudEvent.
+        named: The bus's own property for it, which comes second.
+    """
     found = dict(headers)  # a repeated header counts as its last
     if given := found.get("inferbus-id"):
         return given.decode("utf-8", "replace")
+    if named:
+        return named
     if (event := found.get("ce_id")) and (origin := found.get("ce_source")):
         return f"{origin.decode('utf-8', 'replace')}/{event.decode('utf-8', 'replace')}"
     return None

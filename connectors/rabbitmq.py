@@ -482,7 +482,7 @@ def message(epoch: Epoch, deliver: Any, properties: Any, body: bytes) -> Message
         own = text(properties.message_id) or body_id(body)
         why = f"the headers could not be read: {error}"
         return Unreadable(own, created_at, (epoch, tag, len(body)), "invalid_request", why, body=body)
-    own = (headers and resolve_id(headers)) or text(properties.message_id) or body_id(body)
+    own = resolve_id(headers, text(properties.message_id)) or body_id(body)
     size = len(body)
     if headers or key:
         size += len(key or b"") + sum([len(value) for _, value in headers])

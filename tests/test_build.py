@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from inferbus.connectors.base import Misconfigured
 from inferbus.models.base import InvalidModel
 from inferbus.worker import build
 from inferbus.worker.pipeline_file import load
@@ -43,3 +45,19 @@ def test_a_wrong_batch_in_the_model_is_an_invalid_model_that_names_it(tmp_path: 
     settings = load(pipeline(tmp_path, "{max_delay: soon}"))
     with pytest.raises(InvalidModel, match=r"model\.yaml: batch\.max_delay: expected a number and its unit"):
         build.limits(settings, build.artefact(settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "extra"),
+    [("kafka", "confluent_kafka", "kafka"), ("rabbitmq", "pika", "rabbitmq"), ("sqs", "aiobotocore", "aws"),
+     ("s3", "aiobotocore", "aws")],
+)  # fmt: skip
+def test_a_library_that_is_missing_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, library: str, extra: str
+) -> None:
+    for loaded in list(sys.modules):
+        if loaded.startswith(("inferbus.connectors.", f"{library}.")):
+            monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(Misconfigured, match=rf"the client is not installed: pip install 'inferbus\[{extra}\]'"):
+        build.client(name)

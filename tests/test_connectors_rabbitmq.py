@@ -577,9 +577,11 @@ def test_ids_keys_and_properties_come_in_as_headers(place: RabbitmqPlace) -> Non
     )
     place.send(b"d", headers={"n": 3, "yes": True, "nested": {"a": [1, "x"]}, "none": None, "two": ["1", 2]})
     place.send(b"d")
+    place.send(b"f", message_id="mine", headers={"ce_source": "/shop", "ce_id": "7"})
     with opened(place.source()) as source:
-        a, b, c, d, e = receive(source, 5)
-        settle(source, [a, b, c, d, e])
+        a, b, c, d, e, f = receive(source, 6)
+        settle(source, [a, b, c, d, e, f])
+    assert f.id == "mine"  # before that of the event
     assert (a.id, a.created_at, a.key) == ("mine", 1_700_000_000.0, None)
     assert a.headers == (("correlation_id", b"c1"), ("content-type", b"application/json"))
     assert b.id == "given"
