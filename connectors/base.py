@@ -382,3 +382,34 @@ class Store(Protocol):
 
     def close(self, timeout: float) -> None:
         """Give what is under way at most `timeout` seconds, then drop it. Idempotent."""
+
+
+class Replies(Protocol):
+    """Sends answers to requesters who wait for them: once, soon, and without anybody waiting for it.
+
+    What cannot be sent is counted and dropped: the outcome is in its sink, and a requester gives up by itself.
+    """
+
+    name: str
+
+    sent: int
+    """Handed to the bus and not known to have failed."""
+
+    failed: int
+
+    def open(self, bell: Bell) -> None:
+        """Connect; that there is a place for a reply is seen when it is sent.
+
+        Raises:
+            Unavailable: Away; `open` may be called again.
+            Misconfigured: The settings cannot work.
+        """
+
+    def send(self, address: str, records: Records) -> None:
+        """Send records to one topic or queue; returns at once."""
+
+    def tick(self) -> None:
+        """Make progress."""
+
+    def close(self, timeout: float) -> None:
+        """Give what is under way at most `timeout` seconds. Idempotent."""

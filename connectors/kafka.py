@@ -901,3 +901,48 @@ class KafkaSink:
         if self._opened and not self._closed:
             self._closed = True
             self._client.close(timeout)
+
+
+class KafkaReplies:
+    """Replies to topics, by a client of its own: it gives up soon, and what it waits for holds nobody else back.
+
+    Args:
+        config: librdkafka properties, `bootstrap.servers` among them.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.name = "kafka:replies"
+        self.sent = 0
+        self.failed = 0
+        trouble = Trouble()
+        impatient = {"message.timeout.ms": 10_000, "acks": 1, "enable.idempotence": False, "linger.ms": 1}
+        self._client = new_client(Producer, producer_config(config) | impatient | trouble.callbacks())
+
+    def open(self, bell: Bell) -> None:
+        """Nothing to do: it connects by itself."""
+
+    def send(self, address: str, records: Records) -> None:
+        """Hand all records to the client."""
+        for body, key, headers in zip(records.bodies, records.keys, records.headers, strict=True):
+            try:
+                self._client.produce(address, body, key, on_delivery=self._report, headers=headers)
+            except (BufferError, KafkaException):
+                self.failed += 1
+            else:
+                self.sent += 1
+
+    def _report(self, error: KafkaError | None, _message: Raw) -> None:
+        if error is not None:
+            self.failed += 1
+            self.sent -= 1
+
+    def tick(self) -> None:
+        """Serve delivery reports."""
+        with contextlib.suppress(KafkaException):
+            self._client.poll(0)
+
+    def close(self, timeout: float) -> None:
+        """Wait for the last ones."""
+        with contextlib.suppress(KafkaException):
+            self._client.flush(timeout)
+            self._client.purge()

@@ -772,6 +772,77 @@ class RabbitmqSink:
             self._bell.ring()
 
 
+class RabbitmqReplies:
+    """Replies to queues, through the default exchange; not kept by the broker over a restart, nor confirmed.
+
+    Args:
+        connection: To the broker; may be that of a sink.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.name = "rabbitmq:replies"
+        self.sent = 0
+        self.failed = 0
+        self._connection = connection
+        self._channel = StandingChannel(connection, self._set_up, self._on_closed, self._explain)
+        self._publishing: Channel | None = None
+        self._opened = False
+
+    def open(self, bell: Bell) -> None:  # noqa: ARG002 - nobody waits for replies
+        """Connect."""
+        self._channel.open()
+        self._opened = True
+
+    def send(self, address: str, records: Records) -> None:
+        """Hand all records over at once."""
+        self._connection.call(partial(self._publish, address, records))
+
+    def tick(self) -> None:
+        """Nothing to do here."""
+
+    def close(self, timeout: float) -> None:  # noqa: ARG002 - what was handed over is written before the channel closes
+        """Leave the connection."""
+        if self._opened:
+            self._opened = False
+            self._channel.close()
+
+    # On the connection's thread
+
+    def _set_up(self, channel: Channel) -> None:
+        channel.add_on_return_callback(self._on_return)
+        self._publishing = channel
+        self._channel.ready()
+
+    def _explain(self, code: int, text: str) -> ConnectorError:
+        return Unavailable(f"rabbitmq: the broker closed the channel of replies ({code} {text})")
+
+    def _on_closed(self, _error: ConnectorError) -> None:
+        self._publishing = None
+
+    def _on_return(self, _channel: Channel, _method: Any, _properties: Any, _body: bytes) -> None:
+        """The queue is gone: whoever asked waits no longer."""
+        self.failed += 1
+        self.sent -= 1
+
+    def _publish(self, address: str, records: Records) -> None:
+        channel = self._publishing
+        if channel is None or not channel.is_open:
+            self.failed += len(records)
+            return
+        client, number = channel.connection, channel.channel_number
+        room = (client.params.frame_max or 131072) - ROOM
+        columns = zip(records.messages, records.keys, records.bodies, records.headers, strict=True)
+        with client.corked():
+            for m, key, body, headers in columns:
+                try:
+                    method = publishing(number, "", address)
+                    client.publish(method, number, properties_of(m.id, key, headers, room), body)
+                except (ShortStringTooLong, Refused):
+                    self.failed += 1
+                else:
+                    self.sent += 1
+
+
 # From records to AMQP
 
 

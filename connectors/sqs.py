@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count, takewhile
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-from inferbus.connectors.aws import REACH, Loop, ended
+from inferbus.connectors.aws import REACH, TROUBLE, Loop, complaint, ended
 from inferbus.connectors.base import (
     Bell,
     ConnectorError,
@@ -738,3 +738,99 @@ class SqsSink:
         self._queue.close()
         self.tick()
         self._writes.clear()
+
+
+MOST_NAMES = 1000  # of queues whose URLs are remembered
+
+
+class _Reply(NamedTuple):
+    address: str
+    request: dict[str, Any]
+    size: int
+
+
+class SqsReplies:
+    """Replies to queues, by name or URL.
+
+    Args:
+        region: AWS region; None for that of the environment.
+        endpoint_url: Where SQS is, if not at AWS.
+        loop: The loop of other connectors to AWS, to be shared; None for one of its own.
+    """
+
+    def __init__(self, *, region: str | None = None, endpoint_url: str | None = None, loop: Loop | None = None) -> None:
+        self.name = "sqs:replies"
+        self.sent = 0
+        self.failed = 0
+        self._region = region
+        self._endpoint_url = endpoint_url
+        self._loop = loop or Loop()
+        self._sends: Tens[_Reply] = Tens(self._loop, self._send, self._take)
+        self._urls: dict[str, str] = {}  # by name
+        self._opened = False
+
+    def open(self, bell: Bell) -> None:  # noqa: ARG002 - nobody waits for replies
+        """Make the client."""
+        self._loop.open()
+        try:
+            self._client = self._loop.run(self._loop.client("sqs", self._region, self._endpoint_url, CALLS))
+        except TROUBLE as error:
+            self._loop.close()
+            raise complaint(error, "sqs", "replies", "sqs:SendMessage", self._endpoint_url) from None
+        self._opened = True
+
+    def send(self, address: str, records: Records) -> None:
+        """Hand all records over at once."""
+        waiting: list[_Reply] = []
+        columns = zip(records.messages, records.keys, records.bodies, records.headers, strict=True)
+        for m, key, body, headers in columns:
+            text, attributes, size = encoded(key, body, headers)
+            if size > LARGEST:
+                self.failed += 1
+                continue
+            request: dict[str, Any] = {"MessageBody": text, "MessageAttributes": attributes}
+            if address.endswith(".fifo"):
+                request |= {"MessageGroupId": group_of(key, m.id), "MessageDeduplicationId": secrets.token_hex(16)}
+            waiting.append(_Reply(address, request, size))
+        self._sends.put(waiting)
+
+    def tick(self) -> None:
+        """Nothing to do here."""
+
+    def close(self, timeout: float) -> None:
+        """Wait for the last calls."""
+        if self._opened:
+            self._opened = False
+            self._loop.run(self._sends.finish(timeout))
+            self._loop.run(self._client.close())
+            self._loop.close()
+
+    # On the loop's thread
+
+    def _take(self, waiting: deque[_Reply]) -> list[_Reply]:
+        """Up to ten and 1 MiB for one queue."""
+        batch = [waiting.popleft()]
+        size = batch[0].size
+        while waiting and len(batch) < TEN and waiting[0].address == batch[0].address:
+            size += waiting[0].size
+            if size > LARGEST - MARGIN:
+                break
+            batch.append(waiting.popleft())
+        return batch
+
+    async def _send(self, batch: list[_Reply]) -> None:
+        address = batch[0].address
+        entries = [{"Id": str(i), **reply.request} for i, reply in enumerate(batch)]
+        try:
+            if "/" not in address and address not in self._urls:
+                if len(self._urls) >= MOST_NAMES:
+                    self._urls.clear()
+                self._urls[address] = (await self._client.get_queue_url(QueueName=address))["QueueUrl"]
+            url = self._urls.get(address, address)
+            answer = await self._client.send_message_batch(QueueUrl=url, Entries=entries)
+        except TROUBLE:
+            self.failed += len(batch)
+            return
+        failed = len(answer.get("Failed", []))
+        self.failed += failed
+        self.sent += len(batch) - failed

@@ -47,6 +47,7 @@ def used() -> Metrics:
     metrics.outcomes("digits", "1a2b", "invalid_request", 1)
     metrics.batch("digits", "idle", 3)
     metrics.padding("digits", 5)
+    metrics.set_replies(7, 2, 1)
     metrics.stage("predict", 0.003)
     metrics.latency("digits", 0.02, 4)
     metrics.set_inflight(1, 450)
@@ -70,6 +71,7 @@ def test_exactly_the_promised_names_are_exposed_with_their_labels() -> None:
         ("inferbus_inflight_bytes", frozenset()),
         ("inferbus_source_lag", frozenset({"source"})),
         ("inferbus_padding_rows_total", frozenset({"model"})),
+        ("inferbus_replies_total", frozenset({"result"})),
         ("inferbus_model_info", frozenset({"model", "version", "executor", "device"})),
         *(
             (f"{name}_{part}", frozenset({label}))
@@ -99,6 +101,7 @@ def test_each_number_lands_where_it_belongs() -> None:
     assert value(text, "inferbus_inflight_bytes") == 450
     assert value(text, "inferbus_source_lag", source="kafka:digits.requests") == 7
     assert value(text, "inferbus_padding_rows_total", model="digits") == 5
+    assert [value(text, "inferbus_replies_total", result=r) for r in ("sent", "failed", "refused")] == [7, 2, 1]
     assert value(text, "inferbus_model_info", **model, executor="onnx", device="cpu") == 1
 
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from pydantic import ValidationError
 
-from inferbus.connectors.base import Misconfigured, Sink, Source, Store
+from inferbus.connectors.base import Misconfigured, Replies, Sink, Source, Store
 from inferbus.connectors.file import FileSource, Folder
 from inferbus.connectors.objects import ObjectStore, Shelf
 from inferbus.connectors.rows import form
@@ -71,10 +71,8 @@ def limits(settings: PipelineSettings, found: Artefact) -> Limits:
     )
 
 
-def connectors(
-    settings: PipelineSettings, child: int | None = None
-) -> tuple[Source, list[Sink | Store], list[Sink | Store]]:
-    """The source, the sinks and the error sinks, none opened yet.
+def connectors(settings: PipelineSettings, child: int | None = None) -> Connectors:
+    """Everything a pipeline is connected to, none of it opened yet.
 
     Args:
         settings: Completed settings.
@@ -92,7 +90,18 @@ def connectors(
             for place in (one.place for one in places)
         ]
 
-    return requests, several(settings.sink), several(settings.errors)
+    sinks, errors = several(settings.sink), several(settings.errors)
+    wanted = None if settings.replies is None else replies(settings.source.place, shared)
+    return Connectors(requests, sinks, errors, wanted)
+
+
+class Connectors(NamedTuple):
+    """What a pipeline is connected to."""
+
+    source: Source
+    sinks: list[Sink | Store]
+    errors: list[Sink | Store]
+    replies: Replies | None
 
 
 Shared = dict[Hashable, Any]
@@ -191,6 +200,26 @@ def shelf(place: StoreSettings) -> Shelf:
             raise TypeError(place)
 
 
+def replies(place: SourcePlace, shared: Shared) -> Replies:
+    """The way back to requesters, on the bus their requests came from.
+
+    Raises:
+        Misconfigured: A client library is missing, or a setting cannot work.
+    """
+    match place:
+        case KafkaSourceSettings():
+            made = client("kafka").KafkaReplies({"bootstrap.servers": place.brokers, **place.config})
+        case RabbitmqSourceSettings():
+            rabbitmq = client("rabbitmq")
+            connection = _shared(shared, place.url, lambda: rabbitmq.Connection(place.url, place.tls))
+            made = rabbitmq.RabbitmqReplies(connection)
+        case SqsSourceSettings():
+            made = client("sqs").SqsReplies(region=place.region, endpoint_url=place.endpoint_url)
+        case _:
+            raise TypeError(place)
+    return cast("Replies", made)
+
+
 def _shared(shared: Shared, name: Hashable, make: Callable[[], Any]) -> Any:
     if name not in shared:
         shared[name] = make()
@@ -231,12 +260,12 @@ def pipeline(settings: PipelineSettings, metrics: Metrics, child: int | None = N
     """
     found = artefact(settings)
     bounds = limits(settings, found)
-    source, sinks, errors = connectors(settings, child)
+    reached = connectors(settings, child)
     model = settings.model
     return Pipeline(
-        source,
-        sinks,
-        errors,
+        reached.source,
+        reached.sinks,
+        reached.errors,
         partial(codec, settings.requests.format, max_message_bytes=bounds.max_message_bytes),
         executors(found, model.device, model.replicas, model.options, sharers=child_count()),
         lambda signature: warm_up_input(signature, bounds.max_rows, found.settings.warmup),
@@ -244,4 +273,6 @@ def pipeline(settings: PipelineSettings, metrics: Metrics, child: int | None = N
         metrics,
         ordered=settings.order == "key",
         allow_non_finite=settings.non_finite == "allow",
+        replies=reached.replies,
+        reply_to=settings.replies.allow if settings.replies else (),
     )

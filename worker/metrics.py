@@ -25,6 +25,7 @@ CounterName = Literal[
     "inferbus_outcomes_total",
     "inferbus_batches_total",
     "inferbus_padding_rows_total",
+    "inferbus_replies_total",
 ]
 HistogramName = Literal["inferbus_batch_rows", "inferbus_stage_seconds", "inferbus_latency_seconds"]
 GaugeName = Literal[
@@ -66,6 +67,10 @@ class _Counter:
 
     def add(self, labels: tuple[str, ...], n: int) -> None:
         self._values[labels] += n
+
+    def reach(self, labels: tuple[str, ...], n: int) -> None:
+        """Grow to `n`, counted elsewhere; a count that was corrected downwards waits until it is there again."""
+        self._values[labels] = max(self._values[labels], n)
 
     def items(self) -> list[tuple[tuple[str, ...], int]]:
         """A copy made in one step of the interpreter: iterating would fail when a series appears."""
@@ -157,6 +162,7 @@ class Metrics:
         self._padding = _Counter(
             "inferbus_padding_rows_total", "Rows added only to fill a batch to a compiled size.", "model"
         )
+        self._replies = _Counter("inferbus_replies_total", "Replies to requesters, by what became of them.", "result")
         self._rows = _Histogram("inferbus_batch_rows", "Rows of a batch, without padding.", "model", ROWS)
         self._stages = _Histogram(
             "inferbus_stage_seconds", "Time a chunk or batch spends in a stage.", "stage", SECONDS
@@ -192,6 +198,11 @@ class Metrics:
     def padding(self, model: str, rows: int) -> None:
         """`rows` rows were added to a batch only to fill it."""
         self._padding.add((model,), rows)
+
+    def set_replies(self, sent: int, failed: int, refused: int) -> None:
+        """Replies so far: on their way, not delivered, and to addresses that are not allowed."""
+        for result, count in (("sent", sent), ("failed", failed), ("refused", refused)):
+            self._replies.reach((result,), count)
 
     def stage(self, stage: Stage, seconds: float, count: int = 1) -> None:
         """`count` chunks or batches spent `seconds` each in a stage."""
@@ -250,6 +261,7 @@ class Metrics:
         yield self._bytes.family()
         yield self._lag.family()
         yield self._padding.family()
+        yield self._replies.family()
         yield self._models.family()
 
     def render(self) -> bytes:

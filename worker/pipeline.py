@@ -28,6 +28,7 @@ from inferbus.connectors.base import (
     Fatal,
     Message,
     Records,
+    Replies,
     Sink,
     Source,
     Store,
@@ -43,6 +44,7 @@ from inferbus.worker.delivery import AtLeastOnce, Kind, Outcomes
 from inferbus.worker.devices import Answer, Device, Segment
 from inferbus.worker.metrics import Metrics
 from inferbus.worker.order import KeyOrder
+from inferbus.worker.replies import Answering
 
 log = structlog.get_logger("inferbus.pipeline")
 
@@ -127,6 +129,8 @@ class Pipeline:
         metrics: What is counted.
         ordered: Whether outcomes keep the order of requests per key.
         allow_non_finite: Whether NaN and infinity may be published.
+        replies: The way back to requesters; None answers nobody directly.
+        reply_to: Patterns of the addresses that may be answered.
         clock: Monotonic seconds.
         wall: Unix seconds, for deadlines and error records.
     """
@@ -144,6 +148,8 @@ class Pipeline:
         *,
         ordered: bool = False,
         allow_non_finite: bool = False,
+        replies: Replies | None = None,
+        reply_to: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -166,7 +172,9 @@ class Pipeline:
         # Where stores alone take predictions nobody reads bodies, so none are written.
         self._in_columns = bool(stores["prediction"])
         self._keeps = bool(stores["prediction"] or stores["error"])
-        self._in_bodies = len(stores["prediction"]) < len(sinks)
+        self._in_bodies = len(stores["prediction"]) < len(sinks) or replies is not None
+        self._replies = replies
+        self._answering = None if replies is None else Answering(replies, reply_to, metrics)
         self._delivery = AtLeastOnce(
             source,
             {
@@ -185,7 +193,7 @@ class Pipeline:
         self._batches = 0
         self._ahead = 1  # full batches a busy device may have queued
         self._largest = 1  # bytes of the largest message of late, for asking no more than fits
-        self._opened: list[Source | Sink | Store] = []
+        self._opened: list[Source | Sink | Store | Replies] = []
         self._source_problem: str | None = None
         self._retry_at = 0.0
         self._backoff = 0.1
@@ -217,6 +225,8 @@ class Pipeline:
         self._open(self._source, lambda: self._source.open(self.bell, self._pump), until)
         for sink in self._sinks:
             self._open(sink, lambda sink=sink: sink.open(self.bell), until)  # type: ignore[misc]  # mypy loses the default
+        if (replies := self._replies) is not None:
+            self._open(replies, lambda: replies.open(self.bell), until)
         while not all(device.warm for device in self._devices) and not self.draining:
             for device in self._devices:
                 if device.failure is not None:
@@ -230,7 +240,7 @@ class Pipeline:
         self._codec = self._codec_for(executor.signature, executor.info)
         self._metrics.set_model(self.info.name, self.info.version, self.info.executor, self.info.device)
 
-    def _open(self, place: Source | Sink | Store, open_: Callable[[], None], until: float) -> None:
+    def _open(self, place: Source | Sink | Store | Replies, open_: Callable[[], None], until: float) -> None:
         backoff = 0.1
         while True:
             try:
@@ -295,6 +305,8 @@ class Pipeline:
         if self.draining or self._nothing_to_wait_for():
             self._delivery.drain()
         self._delivery.tick()
+        if self._answering is not None:
+            self._answering.tick()
         self._tick_source(now)
         if self._leftovers:
             self._drop_leftovers()
@@ -689,11 +701,10 @@ class Pipeline:
         return Outcomes("error", wire.errors(faults, self.info, self._source.locate, now=self._wall()), at)
 
     def _deliver(self, outcomes: Outcomes) -> None:
-        if self._order is None:
-            self._delivery.deliver(outcomes)
-            return
-        for ready in self._order.release(outcomes):
+        for ready in [outcomes] if self._order is None else self._order.release(outcomes):
             self._delivery.deliver(ready)
+            if self._answering is not None:
+                self._answering.answer(ready)
 
     def _on_settled(self, outcomes: Outcomes) -> None:
         now = self._clock()
@@ -712,6 +723,8 @@ class Pipeline:
         for sink in self._sinks:
             if sink in self._opened:
                 sink.close(timeout)
+        if self._replies is not None and self._replies in self._opened:
+            self._replies.close(timeout)
         if self._source in self._opened:
             self._source.close()
         for device in self._devices:

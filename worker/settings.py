@@ -265,6 +265,16 @@ Sinks = Annotated[
 """One place or a list of them: every record goes to each."""
 
 
+class RepliesSettings(Settings):
+    """Who is answered directly, beside the sinks."""
+
+    allow: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        # An address comes with a message: without a list anyone could have us write anywhere we may.
+        description="Addresses that header `inferbus-reply-to` may name on the source's bus: topics or queues, "
+        "with `*` and `?` as in file names."
+    )
+
+
 class RetrySettings(Settings):
     """How long to keep trying when a dependency is away."""
 
@@ -329,6 +339,9 @@ class PipelineSettings(Settings):
         default="20s",
         validate_default=True,
         description="How long a stopping worker may take to finish what is under way.",
+    )
+    replies: RepliesSettings | None = Field(
+        default=None, description="Who is answered directly, beside the sinks. Default: nobody."
     )
     retry: RetrySettings = Field(default_factory=RetrySettings, description="How long to keep trying.")
     non_finite: Literal["error", "allow"] = Field(
@@ -409,6 +422,8 @@ def contradictions(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...]
             f"{settings.model.name!r} is a name, and no `repository` is set to look it up in; "
             "expected a model file (.onnx or .py), or `repository`",
         )
+    if settings.replies is not None and settings.source.kind == "file":
+        yield (("replies",), ("source", "file")), "lines of a file have no requester; expected no `replies`"
     yield from _hopeless_objects(settings)
     yield from _unreachable(settings)
     yield from _shared_places(settings)
