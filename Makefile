@@ -11,10 +11,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := connectors models worker
+PACKAGES := client connectors models worker
 # The peers of the benchmarks import libraries that only their own environments have.
 CHECKED := --exclude '^benchmarks/peers/' $(PACKAGES:%=-p inferbus.%) -p tests -p examples -p deploy -p benchmarks
-BENCHMARKS := bus_bound binary model_bound latency memory startup codec_cost
+BENCHMARKS := bus_bound binary model_bound latency memory startup codec_cost rabbitmq sqs s3_sink files
 
 .PHONY: demo test lint soak bench servers servers-stop clean
 

@@ -148,6 +148,7 @@ class RabbitmqSource:
         prefetch: Most messages the broker hands out unacknowledged; by default as many as the caps below allow of
             messages as large as they have been of late.
         declare: Declare the queue so; by default it must be there.
+        temporary: Declare it as our own, which nobody else reads and which goes with the connection.
         tls: For `amqps://`.
         max_inflight: The pipeline's cap in messages.
         max_inflight_bytes: The pipeline's cap in bytes.
@@ -161,6 +162,7 @@ class RabbitmqSource:
         *,
         prefetch: int | None = None,
         declare: AmqpDeclare | None = None,
+        temporary: bool = False,
         tls: AmqpTls | None = None,
         max_inflight: int = 8192,
         max_inflight_bytes: int = 256 * 2**20,
@@ -169,6 +171,7 @@ class RabbitmqSource:
         self.name = f"rabbitmq:{queue}"
         self._queue = short("queue", queue)
         self._declare = declare
+        self._temporary = temporary
         self._adjusting = prefetch is None
         self._prefetch = prefetch or min(max_inflight, PREFETCH)
         self._max_inflight = max_inflight
@@ -209,7 +212,9 @@ class RabbitmqSource:
         then = partial(self._consume, channel, Epoch(channel, self._clock()))
         channel.add_on_cancel_callback(lambda _: self._on_cancelled(then))
         told = partial(self._on_declared, then)
-        if self._declare is None:
+        if self._temporary:
+            channel.queue_declare(self._queue, exclusive=True, auto_delete=True, callback=told)
+        elif self._declare is None:
             channel.queue_declare(self._queue, passive=True, callback=told)
         else:
             channel.queue_declare(self._queue, durable=True, arguments=arguments(self._declare), callback=told)

@@ -538,6 +538,56 @@ class SqsSource:
 # The sink
 
 
+class TemporaryQueue(SqsSource):
+    """A queue of our own, made on opening and removed on closing.
+
+    Args:
+        queue: Its name, which nobody else has.
+        region: AWS region; None for that of the environment.
+        endpoint_url: Where SQS is, if not at AWS.
+    """
+
+    def __init__(self, queue: str, *, region: str | None = None, endpoint_url: str | None = None) -> None:
+        super().__init__(queue, region=region, endpoint_url=endpoint_url, receivers=2)
+        self._where = region, endpoint_url
+        self._url: str | None = None
+
+    def open(self, bell: Bell, drain: Callable[[Callable[[], bool], float], None]) -> None:
+        """Make the queue and begin to receive."""
+        self._url = self._administer("create_queue", QueueName=self._queue.name)["QueueUrl"]
+        super().open(bell, drain)
+
+    def close(self) -> None:
+        """End, and remove the queue; one that cannot be removed now stays, and says so in the log."""
+        super().close()
+        if self._url is not None:
+            url, self._url = self._url, None
+            try:
+                self._administer("delete_queue", QueueUrl=url)
+            except ConnectorError as error:
+                self._queue.say("delete_queue", f"queue {self._queue.name} is left behind: {error}")
+
+    def _administer(self, operation: str, **arguments: Any) -> Any:
+        loop = self._queue.loop
+        loop.open()
+        try:
+            return loop.run(self._call_once(operation, arguments))
+        finally:
+            loop.close()
+
+    async def _call_once(self, operation: str, arguments: dict[str, Any]) -> Any:
+        region, endpoint_url = self._where
+        try:
+            client = await self._queue.loop.client("sqs", region, endpoint_url, 1)
+            try:
+                return await getattr(client, operation)(**arguments)
+            finally:
+                await client.close()
+        except TROUBLE as error:
+            action = f"sqs:{operation.title().replace('_', '')}"
+            raise complaint(error, "sqs", self._queue.label, action, endpoint_url) from None
+
+
 class _Write:
     """The records of one `write` and what became of them; `left` counts answers to come."""
 

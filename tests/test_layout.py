@@ -13,8 +13,10 @@ from inferbus.models.repository import ModelYaml
 from inferbus.worker.settings import PipelineSettings
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("connectors", "models", "worker")
+PACKAGES = ("client", "connectors", "models", "worker")
 MAY_IMPORT = {
+    # The client reads the pipeline file and builds its sink as a worker does; a worker knows nothing of clients.
+    "client": {"client", "worker", "connectors", "models"},
     "connectors": {"connectors"},
     "models": {"models"},
     "worker": {"worker", "connectors", "models"},
