@@ -9,6 +9,7 @@ Invariant: no text here holds a credential or a body; it names the place, what i
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -90,6 +91,8 @@ class Loop:
             **options,
         )
         create: Any = self._session.create_client  # typed, where it is, for each of AWS's services by name
+        # botocore itself knows AWS_DEFAULT_REGION alone; in AWS's own containers it is AWS_REGION that is set.
+        region = region or os.environ.get("AWS_REGION")
         return await create(service, region_name=region, endpoint_url=endpoint_url, config=config).__aenter__()
 
     def close(self) -> None:

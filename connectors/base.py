@@ -279,7 +279,7 @@ class Source(Protocol):
         """Their bodies are not needed any more, only their receipts: let them go, and count their bytes no longer."""
 
     def stream(self, message: Message) -> Hashable:
-        """Messages of one stream come again in one order after a crash; None where they come in any."""
+        """What comes again together: messages of one stream become void together. None where each is for itself."""
 
     def run(self, messages: list[Message]) -> tuple[str, list[Message]] | None:
         """Which of these, unsettled and all of one stream, a crash now would bring again first, in their order.

@@ -248,11 +248,13 @@ class FileSource:
         return PART(message.receipt)
 
     def run(self, messages: list[Message]) -> tuple[str, list[Message]] | None:
-        """`file/line`, where the job would begin again now, and the run from there."""
+        """`file-jsonl/line`, where the job would begin again now, and the run from there."""
         part = PART(messages[0].receipt)
         if part.gaps.unconfirmed() is not None:
             return None
-        name = f"{part.path.stem}/{part.gaps.position or 0:012}"
+        # Its suffix too, for `a.jsonl` and `a.ndjson` are two; but a folder is not to be taken for a file of that kind.
+        folder = f"{part.path.stem}-{part.path.suffix[1:]}".rstrip("-")
+        name = f"{folder}/{part.gaps.position or 0:012}"
         return name, part.gaps.run([LINE(m.receipt) for m in messages], messages)
 
     # Asked by others
@@ -333,7 +335,8 @@ class Folder:
         self._path = path
         self._problem: str | None = None
         self._closing = False
-        self._puts: SimpleQueue[tuple[str, Callable[[], bytes], Callable[[], None]] | None] = SimpleQueue()
+        self._puts: SimpleQueue[tuple[str, Callable[[], bytes], Callable[[], None], Callable[[], bool]] | None]
+        self._puts = SimpleQueue()
         self._done: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="folder", daemon=True)
 
@@ -354,9 +357,9 @@ class Folder:
         if not self._thread.is_alive():
             self._thread.start()
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None]) -> None:
+    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
         """See `Shelf`."""
-        self._puts.put((name, make, done))
+        self._puts.put((name, make, done, wanted))
 
     def tick(self) -> None:
         """See `Shelf`."""
@@ -365,15 +368,18 @@ class Folder:
 
     def _run(self) -> None:
         while (put := self._puts.get()) is not None:
-            name, make, done = put
-            if self._stored(self._path / name, make()):
+            name, make, done, wanted = put
+            if self._stored(self._path / name, make(), wanted):
                 self._done.append(done)
                 self._bell.ring()
 
-    def _stored(self, path: Path, content: bytes) -> bool:
+    def _stored(self, path: Path, content: bytes, wanted: Callable[[], bool]) -> bool:
+        """Whether nobody need wait for it any more: it is there, or not wanted."""
         pause, longest = BACKOFF
         while not self._closing:
             try:
+                if not wanted():
+                    return True
                 path.parent.mkdir(parents=True, exist_ok=True)
                 written_whole(path, content)
             except OSError as error:

@@ -10,10 +10,13 @@ begin again after a crash, which the source vouches for: what is delivered again
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from functools import partial
+from itertools import groupby
 from math import inf
+from operator import itemgetter
 from typing import Protocol
 
 from inferbus.connectors.base import Bell, Kept, Message, Records, Source
@@ -31,10 +34,11 @@ class Shelf(Protocol):
     def open(self, bell: Bell) -> None:
         """As of a sink."""
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None]) -> None:
+    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
         """Store what `make` answers under a name, durably, in place of what had it; then, from `tick`, call `done`.
 
-        `make` is called on another thread.
+        `make` and `wanted` are called on another thread. `wanted` is asked before each try: once it says no nothing is
+        stored, for the name is another worker's by now.
         """
 
     def tick(self) -> None:
@@ -47,13 +51,16 @@ class Shelf(Protocol):
         """Give what is under way so many seconds, then drop it. Idempotent."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Share:
-    """Records of one write, or those of them that are of one stream."""
+    """Records of one write to one store, or those of them that are of one stream."""
 
+    store: ObjectStore
     records: Records
     positions: Sequence[int]
     kept: Kept
+    since: float
+    size: float  # bytes of one record
 
     def messages(self) -> Sequence[Message]:
         """The requests they answer."""
@@ -65,54 +72,152 @@ class _Share:
         """These records alone."""
         return self.records if len(self.positions) == len(self.records) else self.records.take(self.positions)
 
+    def only(self, positions: Sequence[int]) -> _Share:
+        """A part of it."""
+        return _Share(self.store, self.records, positions, self.kept, self.since, self.size)
+
 
 @dataclass(slots=True)
 class _Heap:
-    since: float
-    shares: list[_Share] = field(default_factory=list)
-    count: int = 0
-    size: float = 0.0
+    """What waits of one stream, for all stores, and how much of it for each."""
 
-    def add(self, share: _Share, size: float) -> None:
+    shares: list[_Share] = field(default_factory=list)
+    counts: Counter[ObjectStore] = field(default_factory=Counter)
+    sizes: defaultdict[ObjectStore, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, share: _Share) -> None:
         self.shares.append(share)
-        self.count += len(share.positions)
-        self.size += size * len(share.positions)
+        self.counts[share.store] += len(share.positions)
+        self.sizes[share.store] += share.size * len(share.positions)
+
+    def full(self) -> bool:
+        """One of the stores has enough for an object."""
+        return any(
+            count >= store.max_rows or self.sizes[store] >= store.max_bytes for store, count in self.counts.items()
+        )
+
+    def due_at(self) -> float:
+        """When the oldest has waited long enough."""
+        return min(share.since + share.store.max_age for share in self.shares)
+
+
+class Gathering:
+    """The heaps of one pipeline: its stores make their objects of one stretch of a stream together.
+
+    For a request is a row in one store or in another, a prediction or an error; each alone would have a gap where the
+    other has a row, and where a stretch begins is confirmed only once all of it is stored.
+
+    Args:
+        source: Whose messages the records answer.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, source: Source, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.hurry = False
+        self._source = source
+        self._heaps: dict[Hashable, _Heap] = {}
+
+    def add(self, store: ObjectStore, records: Records, kept: Kept) -> None:
+        """Put records on the heaps of their streams."""
+        now = self.clock()
+        size = ROW + _bytes(records) / max(1, len(records))
+        streams = list(map(self._source.stream, records.messages))
+        parts: dict[Hashable, Sequence[int]] = {streams[0]: range(len(streams))}
+        if streams.count(streams[0]) < len(streams):
+            parts = {name: [i for i, own in enumerate(streams) if own == name] for name in dict.fromkeys(streams)}
+        for name, positions in parts.items():
+            self._heaps.setdefault(name, _Heap()).add(_Share(store, records, positions, kept, now, size))
+
+    def tick(self) -> None:
+        """Seal what is due."""
+        now = self.clock()
+        hurry, self.hurry = self.hurry, False
+        for name, heap in list(self._heaps.items()):
+            if name is not None and self._source.void(heap.shares[0].messages()[0]):
+                # A stream with an order is given away as a whole; here nothing waits for it any more.
+                del self._heaps[name]
+                _tell(heap.shares)
+            elif hurry or heap.full() or now >= heap.due_at():
+                self._seal(name, heap)
+
+    def _seal(self, stream: Hashable, heap: _Heap) -> None:
+        """Make an object for each store of the run at the front of the heap; the rest of it waits on."""
+        shares = self._without_void(heap.shares)
+        messages = [m for share in shares for m in share.messages()]
+        if len(heap.counts) > 1:
+            messages = list({id(m): m for m in messages}.values())  # one may be a row in several stores
+        found = self._source.run(messages) if messages else None
+        sealed: list[_Share] = []
+        left = shares
+        if found is not None:
+            # Mostly the heap is the run, and writes need not be cut; to look at each message takes twice the time.
+            sealed, left = _whole(shares) if found[1] is messages else ([], shares)
+            if not sealed:
+                sealed, left = _cut(shares, found[1])
+            if sealed:
+                self._put(stream, found[0], sealed)
+        del self._heaps[stream]
+        for share in left:
+            self._heaps.setdefault(stream, _Heap()).add(share)
+
+    def _put(self, stream: Hashable, name: str, sealed: Sequence[_Share]) -> None:
+        """One object for each store; when all are there, whoever wrote the records learns of it."""
+        stores = dict.fromkeys(share.store for share in sealed)
+        first, void = sealed[0].messages()[0], self._source.void
+        missing = set(stores)
+
+        def stored(store: ObjectStore) -> None:
+            missing.discard(store)
+            if not missing:
+                _tell(sealed)
+
+        for store in stores:
+            records = Records.joined([share.taken() for share in sealed if share.store is store])
+            store.put(name, records, partial(stored, store), lambda: stream is None or not void(first))
+
+    def _without_void(self, shares: list[_Share]) -> list[_Share]:
+        """Those that have gone to another worker, one by one, as on SQS, come again there."""
+        void = self._source.void
+        left: list[_Share] = []
+        for share in shares:
+            lost = [i for i in share.positions if void(share.records.messages[i])]
+            if lost:
+                share.kept(lost)
+                share = share.only([i for i in share.positions if i not in set(lost)])
+            if share.positions:
+                left.append(share)
+        return left
+
+    def wake_at(self) -> float:
+        """When the oldest is due; soon, while something is that could not be sealed."""
+        now = self.clock()
+        due = (now + LOOK if heap.full() else max(heap.due_at(), now + LOOK) for heap in self._heaps.values())
+        return min(due, default=inf)
 
 
 class ObjectStore:
     """A `Store` on a shelf.
 
     Args:
+        gathering: The heaps it shares with the pipeline's other stores.
         shelf: Where objects go.
         form: How they are written.
-        source: Whose messages the records answer.
         max_rows: Requests in an object, at most.
         max_bytes: About so many bytes of rows, before compression.
         max_age: Seconds a record waits for others, at most.
-        clock: Monotonic seconds.
     """
 
     def __init__(
-        self,
-        shelf: Shelf,
-        form: Form,
-        source: Source,
-        *,
-        max_rows: int,
-        max_bytes: int,
-        max_age: float,
-        clock: Callable[[], float],
+        self, gathering: Gathering, shelf: Shelf, form: Form, *, max_rows: int, max_bytes: int, max_age: float
     ) -> None:
         self.name = shelf.name
+        self.max_rows = max_rows
+        self.max_bytes = max_bytes
+        self.max_age = max_age
+        self._gathering = gathering
         self._shelf = shelf
         self._form = form
-        self._source = source
-        self._max_rows = max_rows
-        self._max_bytes = max_bytes
-        self._max_age = max_age
-        self._clock = clock
-        self._heaps: dict[Hashable, _Heap] = {}
-        self._hurry = False
         self._opened = self._closed = False
 
     def open(self, bell: Bell) -> None:
@@ -121,61 +226,25 @@ class ObjectStore:
         self._opened = True
 
     def keep(self, records: Records, kept: Kept) -> None:
-        """Put records on the heaps of their streams."""
-        now = self._clock()
-        size = ROW + _bytes(records) / max(1, len(records))
-        streams = list(map(self._source.stream, records.messages))
-        parts: dict[Hashable, Sequence[int]] = {streams[0]: range(len(streams))}
-        if streams.count(streams[0]) < len(streams):
-            parts = {name: [i for i, own in enumerate(streams) if own == name] for name in dict.fromkeys(streams)}
-        for name, positions in parts.items():
-            self._heaps.setdefault(name, _Heap(now)).add(_Share(records, positions, kept), size)
+        """Let records wait for their object."""
+        self._gathering.add(self, records, kept)
+
+    def put(self, name: str, records: Records, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+        """Store an object."""
+        self._shelf.put(name + self._form.suffix, lambda: self._form.encode(records), done, wanted)
 
     def drain(self) -> None:
         """Complete at the next tick what can be completed."""
-        self._hurry = True
+        self._gathering.hurry = True
 
     def tick(self) -> None:
         """Tell of objects that are complete, and seal what is due."""
         self._shelf.tick()
-        now = self._clock()
-        hurry, self._hurry = self._hurry, False
-        for name, heap in list(self._heaps.items()):
-            if self._source.void(heap.shares[0].messages()[0]):
-                del self._heaps[name]
-                _tell(heap.shares)  # they come again elsewhere; here nothing waits for them any more
-            elif hurry or self._due(heap, now):
-                self._seal(name, heap, now)
-
-    def _due(self, heap: _Heap, now: float) -> bool:
-        return heap.count >= self._max_rows or heap.size >= self._max_bytes or now >= heap.since + self._max_age
-
-    def _seal(self, stream: Hashable, heap: _Heap, now: float) -> None:
-        """Make an object of the run at the front of the heap; the rest of it waits on."""
-        messages = [m for share in heap.shares for m in share.messages()]
-        found = self._source.run(messages)
-        if found is None or not found[1]:
-            return
-        name, run = found
-        size = heap.size / heap.count
-        most = max(1, min(self._max_rows, int(self._max_bytes / size)))
-        # Mostly the heap is the run, and writes need not be cut; to look at each message takes twice the time.
-        sealed, left = _whole(heap.shares, most) if run is messages else ([], heap.shares)
-        if not sealed:
-            sealed, left = _cut(heap.shares, run[:most])
-        del self._heaps[stream]
-        if left:
-            rest = self._heaps[stream] = _Heap(now)
-            for share in left:
-                rest.add(share, size)
-        records = Records.joined([share.taken() for share in sealed])
-        self._shelf.put(name + self._form.suffix, lambda: self._form.encode(records), lambda: _tell(sealed))
+        self._gathering.tick()
 
     def wake_at(self) -> float:
-        """When the oldest heap is due; soon, while one is that could not be sealed."""
-        now = self._clock()
-        due = (now + LOOK if self._due(heap, now) else heap.since + self._max_age for heap in self._heaps.values())
-        return min(due, default=inf)
+        """When an object is due."""
+        return self._gathering.wake_at()
 
     def healthy(self) -> str | None:
         """What keeps the shelf from storing."""
@@ -194,26 +263,42 @@ def _bytes(records: Records) -> float:
     return sum(column.nbytes for column in records.columns.outputs.values())
 
 
-def _whole(shares: list[_Share], most: int) -> tuple[list[_Share], list[_Share]]:
-    """As many shares as hold no more than `most` messages together, and the others."""
-    fit = sum(count <= most for count in accumulate(len(share.positions) for share in shares))
-    return shares[:fit], shares[fit:]
+def _whole(shares: list[_Share]) -> tuple[list[_Share], list[_Share]]:
+    """As many shares as no store has too many of for an object, and the others."""
+    heap = _Heap()
+    for n, share in enumerate(shares):
+        heap.add(share)
+        if _over(heap, share.store):
+            return shares[:n], shares[n:]
+    return shares, []
 
 
 def _cut(shares: list[_Share], run: list[Message]) -> tuple[list[_Share], list[_Share]]:
-    """The messages of a run, in its order, and the others."""
-    places = {id(share.records.messages[i]): (share, i) for share in shares for i in share.positions}
-    sealed = [places.pop(id(m)) for m in run]
-    return _gathered(sealed), _gathered(places.values())
+    """The messages of a run, in its order, as far as they fit into objects, and the others."""
+    places: defaultdict[int, list[tuple[_Share, int]]] = defaultdict(list)
+    for share in shares:
+        for i in share.positions:
+            places[id(share.records.messages[i])].append((share, i))
+    heap = _Heap()
+    sealed: list[tuple[_Share, int]] = []
+    for m in run:
+        own = places[id(m)]
+        for share, i in own:
+            heap.add(share.only((i,)))
+        if sealed and any(_over(heap, share.store) for share, _ in own):
+            break
+        sealed += places.pop(id(m))
+    return _gathered(sealed), _gathered(place for own in places.values() for place in own)
+
+
+def _over(heap: _Heap, store: ObjectStore) -> bool:
+    return heap.counts[store] > store.max_rows or heap.sizes[store] > store.max_bytes
 
 
 def _gathered(places: Iterable[tuple[_Share, int]]) -> list[_Share]:
     """Neighbours of one share together."""
     return [
-        _Share(share.records, [i for _, i in own], share.kept)
-        for _, several in groupby(places, lambda place: id(place[0]))
-        for own in [list(several)]
-        for share in [own[0][0]]
+        share.only([i for _, i in own]) for share, several in groupby(places, itemgetter(0)) for own in [list(several)]
     ]
 
 

@@ -369,8 +369,9 @@ class RabbitmqSource:
             m.receipt = (epoch, tag, size - len(m.body))
             m.body = b""
 
-    def stream(self, message: Message) -> None:
-        """None: what comes again may go to several consumers."""
+    def stream(self, message: Message) -> Epoch:
+        """The channel: what came on it is void together."""
+        return RECEIPT_EPOCH(message.receipt)
 
     def run(self, messages: Sequence[Message]) -> tuple[str, list[Message]]:
         """All of them, under a name that was never used."""

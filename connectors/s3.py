@@ -88,20 +88,22 @@ class Bucket:
     def _complaint(self, error: Exception) -> Exception:
         return complaint(error, "s3", f'bucket "{self._bucket}"', "s3:PutObject", self._endpoint_url)
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None]) -> None:
+    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
         """See `Shelf`."""
-        self._loop.call(lambda: self._begin(self._upload(self._prefix + name, make, done)))
+        self._loop.call(lambda: self._begin(self._upload(self._prefix + name, make, done, wanted)))
 
     def _begin(self, upload: Any) -> None:
         task = asyncio.ensure_future(upload)
         self._uploads.add(task)
         task.add_done_callback(self._uploads.discard)
 
-    async def _upload(self, key: str, make: Callable[[], bytes], done: Callable[[], None]) -> None:
+    async def _upload(
+        self, key: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]
+    ) -> None:
         async with self._slots:
             content = make()
             pause, longest = BACKOFF
-            while True:
+            while wanted():
                 try:
                     await self._store(key, content)
                     break

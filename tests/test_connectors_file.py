@@ -25,6 +25,10 @@ from tests.connector_contract import ConnectorContract, Place, Seen, no_drain, o
 SOAK = "INFERBUS_SOAK" in os.environ
 
 
+def always() -> bool:
+    return True
+
+
 class FilePlace(Place):
     """Requests in a file, and a progress file for each group."""
 
@@ -81,7 +85,7 @@ class TestFiles(ConnectorContract):
         assert isinstance(place, FilePlace)
         folder, bell, done = Folder(place.folder / "out"), Bell(), []
         folder.open(bell)
-        folder.put("a/b", lambda: bytes(range(256)), lambda: done.append(1))
+        folder.put("a/b", lambda: bytes(range(256)), lambda: done.append(1), always)
         until = time.monotonic() + 10.0
         while not done and time.monotonic() < until:
             bell.wait(0.1)
@@ -218,7 +222,7 @@ def test_an_object_replaces_what_had_its_name_and_leaves_nothing_else(tmp_path: 
     folder.open(bell)
     done: list[str] = []
     for content in (b"old", b"new"):
-        folder.put("a/b.jsonl", lambda content=content: content, lambda: done.append("x"))  # type: ignore[misc]
+        folder.put("a/b.jsonl", lambda content=content: content, lambda: done.append("x"), always)  # type: ignore[misc]
     until = time.monotonic() + 10.0
     while len(done) < 2 and time.monotonic() < until:
         bell.wait(0.1)
@@ -240,13 +244,13 @@ class Job:
             f"name: job\nmodel: model.py\nsource: {{file: {{path: in.jsonl}}}}\nsink: {sink}\nhttp: null\n"
         )
 
-    def requests(self, count: int, *odd: bytes) -> None:
+    def requests(self, count: int, *odd: bytes, into: str = "in.jsonl") -> None:
         bodies = [
             orjson.dumps({"id": str(i), "inputs": [
                 {"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [i + 0.25, 0.5, 0]}]})
             for i in range(count)
         ]  # fmt: skip
-        lines(self.folder / "in.jsonl", *bodies, *odd)
+        lines(self.folder / into, *bodies, *odd)
 
     def start(self, *flags: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(  # noqa: S603 - our own command
@@ -312,6 +316,26 @@ def test_a_job_that_is_killed_again_and_again_loses_and_doubles_no_row(job: Job)
     assert Counter(row["id"] for row in job.rows("out")) == Counter(f"in.jsonl-{i}" for i in range(count))
     failed = Counter(row["id"] for row in job.rows("job.errors"))
     assert failed == Counter(f"in.jsonl-{i}" for i in range(count, count + 100))
+
+
+def test_files_that_differ_in_their_suffix_alone_have_objects_of_their_own(job: Job) -> None:
+    (job.folder / "in.jsonl").mkdir()
+    for name in ("a.jsonl", "a.ndjson"):
+        job.requests(50, into=f"in.jsonl/{name}")
+    job.finish()
+    rows = Counter(row["id"] for row in job.rows("out"))
+    assert rows == Counter(f"{name}-{i}" for name in ("a.jsonl", "a.ndjson") for i in range(50))
+
+
+def test_a_job_with_many_failing_requests_is_not_slowed_by_them(job: Job) -> None:
+    job.requests(3000, *[b"oops", orjson.dumps({"inputs": []})] * 1500)
+    shuffled = (job.folder / "in.jsonl").read_bytes().splitlines()
+    random.shuffle(shuffled)
+    lines(job.folder / "in.jsonl", *shuffled)
+    job.finish("--set", "sink.file.max_rows=50000")
+    assert sum(1 for _ in job.rows("out")) == 3000
+    assert sum(1 for _ in job.rows("job.errors")) == 3000
+    assert sum(path.is_file() for path in job.folder.glob("out/**/*.jsonl")) < 10  # each error once cut an object
 
 
 def test_a_job_has_one_worker(job: Job) -> None:

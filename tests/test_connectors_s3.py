@@ -17,6 +17,10 @@ pytestmark = pytest.mark.broker
 PATIENCE = 30.0
 
 
+def always() -> bool:
+    return True
+
+
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3.credentials[0])
@@ -31,7 +35,7 @@ def put(shelf: Bucket, contents: dict[str, bytes]) -> None:
     """Put objects, and wait until all are there."""
     done: list[str] = []
     for name, content in contents.items():
-        shelf.put(name, lambda content=content: content, lambda name=name: done.append(name))  # type: ignore[misc]
+        shelf.put(name, lambda content=content: content, lambda name=name: done.append(name), always)  # type: ignore[misc]
     until(lambda: shelf.tick() or len(done) == len(contents))  # type: ignore[func-returns-value, redundant-expr]
 
 
@@ -78,7 +82,7 @@ def test_what_cannot_be_stored_now_is_stored_later(s3: S3, bucket: tuple[str, Bu
     s3.client.delete_object(Bucket=name, Key="out/_inferbus")
     s3.client.delete_bucket(Bucket=name)
     done: list[str] = []
-    shelf.put("late", lambda: b"content", lambda: done.append("x"))
+    shelf.put("late", lambda: b"content", lambda: done.append("x"), always)
     until(lambda: shelf.healthy() is not None)
     assert shelf.healthy() == f's3: bucket "{name}": PutObject failed with NoSuchBucket'
     s3.client.create_bucket(Bucket=name)
@@ -94,7 +98,7 @@ def test_closing_waits_no_longer_than_it_may(s3: S3) -> None:
     s3.client.delete_object(Bucket=name, Key="_inferbus")
     s3.client.delete_bucket(Bucket=name)
     done: list[str] = []
-    shelf.put("never", lambda: b"content", lambda: done.append("x"))
+    shelf.put("never", lambda: b"content", lambda: done.append("x"), always)
     began = time.monotonic()
     shelf.close(0.2)
     shelf.close(0.2)

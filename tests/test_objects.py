@@ -17,7 +17,7 @@ import pytest
 
 from inferbus.connectors.base import Bell, Columns, Message, Records
 from inferbus.connectors.memory import PLACE, MemoryBus, MemorySource
-from inferbus.connectors.objects import ObjectStore
+from inferbus.connectors.objects import Gathering, ObjectStore
 from inferbus.connectors.rows import Format, form
 
 
@@ -29,18 +29,19 @@ class Desk:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.stuck = False
-        self._puts: deque[tuple[str, bytes, Callable[[], None]]] = deque()
+        self._puts: deque[tuple[str, bytes, Callable[[], None], Callable[[], bool]]] = deque()
 
     def open(self, bell: Bell) -> None:
         """Nothing to reach."""
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None]) -> None:
-        self._puts.append((name, make(), done))
+    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+        self._puts.append((name, make(), done, wanted))
 
     def tick(self) -> None:
         while self._puts and not self.stuck:
-            name, content, done = self._puts.popleft()
-            self.objects[name] = content
+            name, content, done, wanted = self._puts.popleft()
+            if wanted():
+                self.objects[name] = content
             done()
 
     def healthy(self) -> str | None:
@@ -60,9 +61,8 @@ class Scene:
         self.source.open(Bell(), lambda _finished, _budget: None)
         self.desk = Desk()
         given = {"max_rows": 4, "max_bytes": 2**20, "max_age": 10.0, **limits}
-        self.store = ObjectStore(
-            self.desk, form(format, compressed=False), self.source, clock=lambda: self.now, **given
-        )
+        self.gathering = Gathering(self.source, lambda: self.now)
+        self.store = ObjectStore(self.gathering, self.desk, form(format, compressed=False), **given)
         self.store.open(Bell())
 
     def receive(self, count: int) -> list[Message]:
@@ -157,6 +157,31 @@ def test_nothing_is_settled_before_its_object_is_stored() -> None:
     assert scene.source.settled == [0, 1, 2, 3]
 
 
+def test_two_stores_make_their_objects_of_one_stretch_and_settle_it_together() -> None:
+    scene = Scene()
+    other = Desk()
+    errors = ObjectStore(
+        scene.gathering, other, form("jsonl", compressed=False), max_rows=100, max_bytes=2**20, max_age=99.0
+    )
+    messages = scene.receive(9)
+    for m in messages:
+        even = PLACE(m.receipt) % 2 == 0
+        (scene.store if even else errors).keep(predictions([m]), lambda _, m=m: scene.source.settle([m]))  # type: ignore[misc]
+    other.stuck = True
+    for _ in range(3):
+        scene.store.tick()
+        errors.tick()
+    assert scene.source.settled == []  # a restart begins at 0, and must find all of the stretch under that name
+    other.stuck = False
+    for _ in range(3):
+        scene.store.tick()
+        errors.tick()
+    assert sorted(scene.source.settled) == list(range(8))
+    name = "memory/00000000000000000000.jsonl"
+    assert [row["y"] for row in scene.rows()[name]] == [0, 2, 4, 6]
+    assert [orjson.loads(line)["y"] for line in other.objects[name].splitlines()] == [1, 3, 5, 7]
+
+
 def test_what_was_given_to_another_worker_is_dropped_and_waited_for_no_longer() -> None:
     scene = Scene()
     told: list[int] = []
@@ -170,6 +195,55 @@ def test_what_was_given_to_another_worker_is_dropped_and_waited_for_no_longer() 
     for _ in range(2):
         scene.store.tick()
     assert [row["y"] for rows in scene.rows().values() for row in rows] == [0, 1]
+
+
+class Loose(MemorySource):
+    """A queue whose messages go to others one by one, as when their visibility ends."""
+
+    def __init__(self, bus: MemoryBus) -> None:
+        super().__init__(bus)
+        self.lost: set[int] = set()
+
+    def stream(self, message: Message) -> None:  # type: ignore[override]
+        """Each for itself."""
+
+    def run(self, messages: list[Message]) -> tuple[str, list[Message]] | None:
+        return f"loose/{PLACE(messages[0].receipt)}", messages
+
+    def void(self, message: Message) -> bool:
+        return PLACE(message.receipt) in self.lost or super().void(message)
+
+
+@pytest.mark.parametrize("lost", [{0}, {1, 2}, {3}, {0, 1, 2, 3}])
+def test_a_message_that_went_to_another_worker_takes_no_other_with_it(lost: set[int]) -> None:
+    scene = Scene(max_rows=10)
+    source = scene.source = Loose(scene.bus)
+    gathering = Gathering(source, lambda: scene.now)
+    given = {"max_rows": 10, "max_bytes": 2**20, "max_age": 10.0}
+    scene.store = ObjectStore(gathering, scene.desk, form("jsonl", compressed=False), **given)  # type: ignore[arg-type]
+    told: list[int] = []
+    messages = scene.receive(4)
+    scene.store.keep(predictions(messages[:2]), told.extend)
+    scene.store.keep(predictions(messages[2:]), lambda at: told.extend(2 + i for i in at))
+    source.lost = lost
+    scene.store.drain()
+    for _ in range(2):
+        scene.store.tick()
+    assert sorted(told) == [0, 1, 2, 3]  # nobody waits for the lost ones either
+    assert [row["y"] for rows in scene.rows().values() for row in rows] == [i for i in range(4) if i not in lost]
+    assert scene.store.wake_at() == float("inf")
+
+
+def test_an_object_that_could_not_be_stored_in_time_is_not_stored_over_that_of_the_next_owner() -> None:
+    scene = Scene()
+    scene.desk.stuck = True
+    scene.keep(scene.receive(4))
+    scene.store.tick()
+    scene.source.lose()
+    scene.desk.stuck = False
+    scene.store.tick()
+    assert scene.desk.objects == {}
+    assert scene.source.settled == []
 
 
 def test_an_object_ends_before_it_gets_too_large() -> None:

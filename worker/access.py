@@ -210,6 +210,8 @@ def reached(settings: PipelineSettings, place: SourcePlace | SinkPlace) -> Itera
         finally:
             shelf.close(0.0)
         return
+    if isinstance(place, SourcePlace) and not isinstance(place, KafkaSourceSettings | FileSourceSettings):
+        place = place.writing()  # to read a queue takes from it, and what is given back counts as delivered once more
     with reader(settings, place) if isinstance(place, SourcePlace) else publisher(place):
         yield
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from inferbus.connectors.base import Misconfigured, Replies, Sink, Source, Store
 from inferbus.connectors.file import FileSource, Folder
-from inferbus.connectors.objects import ObjectStore, Shelf
+from inferbus.connectors.objects import Gathering, ObjectStore, Shelf
 from inferbus.connectors.rows import form
 from inferbus.connectors.settings import (
     FileSinkSettings,
@@ -84,9 +84,11 @@ def connectors(settings: PipelineSettings, child: int | None = None) -> Connecto
     shared: Shared = {}
     requests = source(settings, settings.source.place, child)
 
+    gathering = Gathering(requests, time.monotonic)
+
     def several(places: Sequence[SinkSettings]) -> list[Sink | Store]:
         return [
-            store(place, requests) if isinstance(place, StoreSettings) else sink(place, shared)
+            store(place, gathering) if isinstance(place, StoreSettings) else sink(place, shared)
             for place in (one.place for one in places)
         ]
 
@@ -171,20 +173,19 @@ def sink(place: SinkPlace, shared: Shared) -> Sink:
     return cast("Sink", made)
 
 
-def store(place: StoreSettings, source: Source) -> Store:
-    """A store, not opened, for outcomes of messages of `source`.
+def store(place: StoreSettings, gathering: Gathering) -> Store:
+    """A store, not opened, which makes its objects together with the others of `gathering`.
 
     Raises:
         Misconfigured: A library is missing.
     """
     return ObjectStore(
+        gathering,
         shelf(place),
         form(place.format, compressed=place.compression == "gzip"),
-        source,
         max_rows=place.max_rows,
         max_bytes=place.max_bytes,
         max_age=place.max_age,
-        clock=time.monotonic,
     )
 
 
