@@ -24,6 +24,7 @@ REFERENCE = ROOT / "docs" / "pipeline-file.md"
 PLACES = ("*.md", "docs/*.md", "examples/*.md", "deploy/*.md", ".github/*.md")
 PAGES = sorted(page for place in PLACES for page in ROOT.glob(place))
 TABLES: dict[str, type[BaseModel]] = {"settings": PipelineSettings, "model.yaml": ModelYaml, "options": OnnxOptions}
+AS_OF = {"errors": "sink"}  # takes the same places, which are told of once
 
 
 def named(page: Path) -> str:
@@ -38,9 +39,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def table(model: type[BaseModel]) -> str:
-    """Every setting of `model`, its default and what it means."""
-    rows = [f"| `{name}` | {default(field)} | {field.description} |" for name, field in settings(model)]
+    """Every setting of `model`, its default and what it means; those that repeat others are left out."""
+    shown = [(name, field) for name, field in settings(model) if "." not in name or name.partition(".")[0] not in AS_OF]
+    rows = [f"| `{name}` | {default(field)} | {meaning(name, field)} |" for name, field in shown]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
+def meaning(name: str, field: Any) -> str:
+    return f"{field.description} Its settings are those of `{AS_OF[name]}`." if name in AS_OF else field.description
 
 
 def default(field: Any) -> str:
@@ -61,6 +67,11 @@ def test_the_reference_has_every_setting_as_it_is(name: str) -> None:
     begin, end = marks(name)
     shown = REFERENCE.read_text().partition(begin)[2].partition(end)[0]
     assert shown == table(TABLES[name]), "run `python -m tests.test_docs`"
+
+
+def test_what_is_told_of_once_is_the_same_in_both_places() -> None:
+    fields = PipelineSettings.model_fields
+    assert [name for name, other in AS_OF.items() if fields[name].annotation != fields[other].annotation] == []
 
 
 def test_the_readmes_table_is_a_part_of_the_reference() -> None:
