@@ -61,7 +61,13 @@ def kafka() -> Iterator[Bus]:
 @contextlib.contextmanager
 def broker() -> Iterator[tuple[str, servers.Running]]:
     """An Apache Kafka of one's own: its address and its process. What it stored is deleted at the end."""
-    server = servers.SERVERS["kafka"]
+    with serving(servers.SERVERS["kafka"]) as running:
+        yield running.address, running
+
+
+@contextlib.contextmanager
+def serving(server: servers.Server) -> Iterator[servers.Running]:
+    """A server of one's own. What it stored is deleted at the end."""
     # In memory where there is memory: disks of shared machines stall for seconds, and every worker with them.
     memory = Path("/dev/shm")  # noqa: S108 - a folder of ours with a random name in it
     name = f"inferbus-benchmark-{uuid.uuid4().hex[:8]}"
@@ -70,7 +76,7 @@ def broker() -> Iterator[tuple[str, servers.Running]]:
     running = servers.launch(server, program, ports=servers.free_ports(server.port_count), folder=folder)
     try:
         servers.await_ready(running)
-        yield running.address, running
+        yield running
     finally:
         running.discard()
 
@@ -234,6 +240,16 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def members(group: int) -> list[int]:
+    """The processes of a group: a server may start its own from a script, and a worker have children."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        fields = _text(stat).rpartition(")")[2].split()
+        if fields and int(fields[2]) == group:
+            found.append(int(stat.parent.name))
+    return found
+
+
 def await_quiet(patience: float = 30.0) -> None:
     """Return once the machine has been idle for half a second, or when patience is over: neighbours spoil a turn."""
     until = time.monotonic() + patience
@@ -340,7 +356,7 @@ def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     found = re.search(r"model name\s*: (.*)", _text("/proc/cpuinfo"))
     memory = re.search(r"MemTotal:\s+(\d+)", _text("/proc/meminfo"))
-    packages = ("inferbus", "confluent-kafka", "numpy", "onnxruntime", "orjson")
+    packages = ("inferbus", "confluent-kafka", "pika", "aiobotocore", "numpy", "onnxruntime", "orjson")
     kafka = re.search(r"kafka_.*?<version>(.*?)<", _text(servers.HERE / "kafka.pom.xml"), re.DOTALL)
     here = f"Apache Kafka {kafka and kafka[1]}, on this machine"
     return {

@@ -10,10 +10,11 @@ from __future__ import annotations
 import sys
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -86,24 +87,32 @@ def _told(job: Job) -> list[str | Path]:
             "--model", job.model, "--messages", str(job.messages), "--rows", str(job.rows)]  # fmt: skip
 
 
-@dataclass
-class Contest:
-    """One full topic and one model.
+class Turns(ABC):
+    """Workers that take turns at the same job, and what came of it.
+
+    Args:
+        messages: Requests to serve in a turn.
+        rows: Most requests in a batch.
 
     Attributes:
-        messages: Requests in the topic.
         turns: What each worker did, by its name.
     """
 
-    bus: Bus
-    source: str
-    model: Path
-    messages: int
-    rows: int
-    folder: Path
-    binary: bool = False
-    max_message: int = 2**20
-    turns: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    costs: ClassVar[Mapping[str, str]] = {"cpu_us": "CPU us/message"}
+    """Beside the rate: what else a turn measures, and how it is called in the table."""
+
+    def __init__(self, messages: int, rows: int) -> None:
+        self.messages = messages
+        self.rows = rows
+        self.turns: dict[str, list[dict[str, float]]] = {}
+
+    @abstractmethod
+    def attempt(self, name: str, worker: Worker, messages: int | None) -> dict[str, float]:
+        """One turn, however busy the neighbours are: `rate`, the `costs`, and `neighbours`.
+
+        Raises:
+            RuntimeError: As `turn`.
+        """
 
     def turn(self, name: str, worker: Worker, messages: int | None = None) -> dict[str, float]:
         """Let one worker serve, until `messages` answers are there (by default one for each request).
@@ -111,11 +120,76 @@ class Contest:
         Raises:
             RuntimeError: It ended early, answered too much, or refused a request.
         """
-        done = quietest(lambda: self._try(name, worker, messages))
+        done = quietest(lambda: self.attempt(name, worker, messages))
         self.turns.setdefault(name, []).append(done)
         return done
 
-    def _try(self, name: str, worker: Worker, messages: int | None) -> dict[str, float]:
+    def pairs(self, runs: int, one: tuple[str, Worker], other: tuple[str, Worker]) -> None:
+        """Turn by turn, each pair in the other order than the one before: what drifts harms both alike.
+
+        A first turn of each does not count: a broker that has just started gets faster with every message.
+        """
+        for name, worker in (one, other):
+            self.turn(name, worker)
+        self.turns.clear()
+        for i in range(runs):
+            for name, worker in (one, other) if i % 2 == 0 else (other, one):
+                self.turn(name, worker)
+
+    def median(self, name: str, what: str = "rate") -> float:
+        """The median of one worker's turns."""
+        return median(turn[what] for turn in self.turns[name])
+
+    def show(self) -> None:
+        """Print the medians."""
+        columns = ("messages_per_second", "of_bare", *(f"{cost}_per_message" for cost in self.costs))
+        rows = [(name, *(done[c] for c in columns)) for name, done in self.summary().items()]
+        table(("", "messages/s", "of bare", *self.costs.values()), rows)
+
+    def result(self, runs: int) -> dict[str, Any]:
+        """What is kept of the contest."""
+        return {"messages": self.messages, "runs": runs, "rows": self.rows, "workers": self.summary()}
+
+    def summary(self) -> dict[str, Mapping[str, Any]]:
+        """Per worker the medians and all turns."""
+        return {
+            name: {
+                "messages_per_second": round(self.median(name)),
+                **{f"{cost}_per_message": round(self.median(name, cost), 2) for cost in self.costs},
+                "of_bare": round(self.median(name) / self.median("bare"), 4),
+                "turns": [
+                    {"messages_per_second": round(t["rate"]), "neighbours": round(t["neighbours"], 3)} for t in turns
+                ],
+            }
+            for name, turns in self.turns.items()
+        }
+
+
+class Contest(Turns):
+    """One full topic and one model."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        source: str,
+        model: Path,
+        messages: int,
+        rows: int,
+        folder: Path,
+        *,
+        binary: bool = False,
+        max_message: int = 2**20,
+    ) -> None:
+        super().__init__(messages, rows)
+        self.bus = bus
+        self.source = source
+        self.model = model
+        self.folder = folder
+        self.binary = binary
+        self.max_message = max_message
+
+    def attempt(self, name: str, worker: Worker, messages: int | None) -> dict[str, float]:
+        """See `Turns`."""
         wanted = messages or self.messages
         await_quiet()
         sink, errors = self.bus.topic(), self.bus.topic()
@@ -156,47 +230,7 @@ class Contest:
             time.sleep(LOOK)
         return max(1, count - first[0]), cpu - first[1]
 
-    def pairs(self, runs: int, one: tuple[str, Worker], other: tuple[str, Worker]) -> None:
-        """Turn by turn, each pair in the other order than the one before: what drifts harms both alike.
 
-        A first turn of each does not count: a broker that has just started gets faster with every message.
-        """
-        for name, worker in (one, other):
-            self.turn(name, worker)
-        self.turns.clear()
-        for i in range(runs):
-            for name, worker in (one, other) if i % 2 == 0 else (other, one):
-                self.turn(name, worker)
-
-    def median(self, name: str, what: str = "rate") -> float:
-        """The median of one worker's turns."""
-        return median(turn[what] for turn in self.turns[name])
-
-    def show(self) -> None:
-        """Print the medians."""
-        columns = ("messages_per_second", "of_bare", "cpu_us_per_message")
-        rows = [(name, *(done[c] for c in columns)) for name, done in self.summary().items()]
-        table(("", "messages/s", "of bare", "CPU us/message"), rows)
-
-    def result(self, runs: int) -> dict[str, Any]:
-        """What is kept of the contest."""
-        return {"messages": self.messages, "runs": runs, "rows": self.rows, "workers": self.summary()}
-
-    def summary(self) -> dict[str, Mapping[str, Any]]:
-        """Per worker the medians and all turns."""
-        return {
-            name: {
-                "messages_per_second": round(self.median(name)),
-                "cpu_us_per_message": round(self.median(name, "cpu_us"), 2),
-                "of_bare": round(self.median(name) / self.median("bare"), 4),
-                "turns": [
-                    {"messages_per_second": round(t["rate"]), "neighbours": round(t["neighbours"], 3)} for t in turns
-                ],
-            }
-            for name, turns in self.turns.items()
-        }
-
-
-def ratio(contest: Contest, least: float, other: str = "bare") -> Figure:
+def ratio(contest: Turns, least: float, other: str = "bare") -> Figure:
     """Inferbus over another worker."""
     return Figure(f"inferbus / {other}", contest.median("inferbus") / contest.median(other), least)

@@ -12,7 +12,7 @@ import re
 
 from benchmarks.common import HERE, Figure
 
-ORDER = ("bus_bound", "binary", "model_bound", "latency", "memory", "startup")
+ORDER = ("bus_bound", "binary", "model_bound", "latency", "memory", "startup", "rabbitmq", "sqs", "s3_sink", "files")
 
 
 def main() -> None:

@@ -277,6 +277,10 @@ class Pipeline:
         """Nothing is in flight, not even an unacknowledged commit."""
         return self.drained() and self._source.inflight()[0] == 0
 
+    def finished(self) -> bool:
+        """Nothing is in flight, and nothing will come any more."""
+        return self.idle() and self._source.ended()
+
     def quiet_since(self) -> float:
         """Monotonic time of the last message received, or of the start."""
         return self._received_at

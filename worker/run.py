@@ -42,6 +42,7 @@ class Watch:
         self._signalled = False
         self._pipeline = pipeline
         self._until_idle = until_idle
+        self._job = settings.source.kind == "file"  # with an end that needs no second look
         self._bounded = settings.retry.bounded
         self._progress = progress
         self._memory = Memory(child_count())
@@ -62,7 +63,7 @@ class Watch:
     def keep_going(self, now: float) -> bool:
         """False when the worker must drain and end."""
         self._progress.tick(now)
-        if self._pipeline.draining:
+        if self._pipeline.draining or (self._job and self._pipeline.finished()):
             return False
         if now < self._look_at:
             return True

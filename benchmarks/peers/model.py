@@ -18,6 +18,8 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--messages", type=int, required=True)
     parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--prefetch", type=int, help="of RabbitMQ")
+    parser.add_argument("--unconfirmed", action="store_true", help="publish to RabbitMQ without confirms")
     return parser.parse_args()
 
 
