@@ -13,10 +13,13 @@ from tests.servers import (
     RabbitMQ,
     RabbitMQServer,
     Sqs,
+    SqsServer,
+    Toxiproxy,
     started_kafka,
     started_rabbitmq,
     started_s3,
     started_sqs,
+    started_toxiproxy,
 )
 
 
@@ -65,6 +68,13 @@ def sqs() -> Iterator[Sqs]:
             yield server
 
 
+@pytest.fixture
+def restartable_sqs() -> Iterator[SqsServer]:
+    """An ElasticMQ of this test's own, to be killed and started again."""
+    with started_sqs() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
     """The session's S3: the one at INFERBUS_TEST_S3 (http://host:port), else a versitygw started for it."""
@@ -74,3 +84,10 @@ def s3() -> Iterator[S3]:
     else:
         with started_s3() as server:
             yield server
+
+
+@pytest.fixture(scope="session")
+def toxiproxy() -> Iterator[Toxiproxy]:
+    """A toxiproxy started for the session, to put proxies before servers."""
+    with started_toxiproxy() as server:
+        yield server

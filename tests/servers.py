@@ -1,9 +1,11 @@
-"""Apache Kafka, RabbitMQ and SQS for tests: servers shared by the session, and servers of one's own that may be killed.
+"""Apache Kafka, RabbitMQ, SQS and S3 for tests: shared by the session, or of one's own, to be killed; and a proxy.
 
 Topics are made through the ordinary admin client and are usable, leaders and all, once `topic` returns.
 """
 
 import contextlib
+import http.client
+import json
 import os
 import shutil
 import socket
@@ -25,6 +27,16 @@ from deploy.local import servers
 
 _KAFKA = servers.SERVERS["kafka"]
 _RABBITMQ = servers.SERVERS["rabbitmq"]
+_SQS = servers.SERVERS["sqs"]
+_TOXIPROXY = servers.SERVERS["toxiproxy"]
+
+
+def await_silence(port: int) -> None:
+    """Return when nothing answers on the port any more."""
+    answers = True
+    while answers:
+        with socket.socket() as probe:
+            answers = probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Kafka:
@@ -158,10 +170,7 @@ class RabbitMQServer(RabbitMQ):
         """End it at once (SIGKILL), and return when nothing answers on its port any more."""
         if self._running:
             self._running.kill()
-        answers = True  # its processes are several, and end one after the other
-        while answers:
-            with socket.socket() as probe:
-                answers = probe.connect_ex(("127.0.0.1", self._ports[0])) == 0
+        await_silence(self._ports[0])  # its processes are several, and end one after the other
 
     def restart(self) -> None:
         """Kill it if it runs, and start it again on the same port with the same messages."""
@@ -221,27 +230,48 @@ class Sqs:
         self.client.close()
 
 
+class SqsServer(Sqs):
+    """An ElasticMQ of one's own, which keeps its port, its queues and their messages through `kill` and `start`."""
+
+    def __init__(self) -> None:
+        self._ports = servers.free_ports(_SQS.port_count)
+        self._folder = servers.new_folder("sqs")
+        self._running: servers.Running | None = None
+        super().__init__(_SQS.address.format(port=self._ports[0]))
+
+    def start(self) -> None:
+        """Return once it answers. Raises NotInstalledError, StartError."""
+        program = _SQS.install("CI" in os.environ)
+        self._running = servers.launch(_SQS, program, ports=self._ports, folder=self._folder)
+        servers.await_ready(self._running)
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), and return when nothing answers on its port any more."""
+        if self._running:
+            self._running.kill()
+        await_silence(self._ports[0])  # its first thread is gone before the others
+
+    def close(self) -> None:
+        """Kill it and delete its messages."""
+        super().close()
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def started_sqs() -> Iterator[Sqs]:
+def started_sqs() -> Iterator[SqsServer]:
     """An ElasticMQ that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
-    server = servers.SERVERS["sqs"]
-    folder = servers.new_folder("sqs")
-    running: servers.Running | None = None
+    server = SqsServer()
     try:
-        program = server.install("CI" in os.environ)
-        running = servers.launch(server, program, ports=servers.free_ports(server.port_count), folder=folder)
-        servers.await_ready(running)
-        with contextlib.closing(Sqs(running.address)) as sqs:
-            yield sqs
+        server.start()
+        yield server
     except servers.NotInstalledError as error:
         reason = f"ElasticMQ is not here: {error}"
         if "CI" in os.environ:
             pytest.fail(reason)
         pytest.skip(f"{reason}; or set INFERBUS_TEST_SQS=http://host:port")
     finally:
-        if running is not None:
-            running.discard()
-        shutil.rmtree(folder, ignore_errors=True)
+        server.close()
 
 
 class S3:
@@ -291,6 +321,92 @@ def started_s3() -> Iterator[S3]:
         if "CI" in os.environ:
             pytest.fail(reason)
         pytest.skip(f"{reason}; or set INFERBUS_TEST_S3=http://host:port")
+    finally:
+        if running is not None:
+            running.discard()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Proxy:
+    """Stands between clients and a server: `address` ("host:port") leads to the server until the proxy does harm."""
+
+    def __init__(self, toxiproxy: "Toxiproxy", server: str) -> None:
+        self._toxiproxy = toxiproxy
+        self.address = f"127.0.0.1:{servers.free_ports(1)[0]}"
+        self._name = f"proxy-{uuid.uuid4().hex[:12]}"
+        toxiproxy.ask("POST", "/proxies", {"name": self._name, "listen": self.address, "upstream": server})
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Break all connections, and refuse new ones for as long."""
+        self._toxiproxy.ask("POST", f"/proxies/{self._name}", {"enabled": False})
+        yield
+        self._toxiproxy.ask("POST", f"/proxies/{self._name}", {"enabled": True})
+
+    @contextlib.contextmanager
+    def slow(self, *, latency: float = 0.0, rate: int = 0) -> Iterator[None]:
+        """Delay what runs through by `latency` seconds; let through `rate` bytes a second. Both ways each."""
+        toxics: dict[str, dict[str, int]] = {}
+        if latency:
+            toxics["latency"] = {"latency": round(latency * 1000), "jitter": round(latency * 250)}
+        if rate:
+            toxics["bandwidth"] = {"rate": rate // 1024}
+        with self._toxics(toxics):
+            yield
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Swallow everything, both ways; nobody is told."""
+        with self._toxics({"timeout": {"timeout": 0}}):
+            yield
+
+    @contextlib.contextmanager
+    def _toxics(self, toxics: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+        names = []
+        for kind, attributes in toxics.items():
+            for stream in ("upstream", "downstream"):
+                toxic = {"name": f"{kind}-{stream}", "type": kind, "stream": stream, "attributes": attributes}
+                self._toxiproxy.ask("POST", f"/proxies/{self._name}/toxics", toxic)
+                names.append(toxic["name"])
+        yield
+        for name in names:
+            self._toxiproxy.ask("DELETE", f"/proxies/{self._name}/toxics/{name}")
+
+
+class Toxiproxy:
+    """A toxiproxy that answers at `url`; it makes proxies."""
+
+    def __init__(self, url: str) -> None:
+        self._host = url.rpartition("/")[2]
+
+    def before(self, server: str) -> Proxy:
+        """A proxy that leads to `server` ("host:port")."""
+        return Proxy(self, server)
+
+    def ask(self, method: str, path: str, body: Any = None) -> None:
+        """Ask its interface for something; it must agree."""
+        connection = http.client.HTTPConnection(self._host, timeout=10.0)
+        with contextlib.closing(connection):
+            connection.request(method, path, json.dumps(body))
+            answer = connection.getresponse()
+            assert answer.status < 300, answer.read().decode()
+
+
+@contextlib.contextmanager
+def started_toxiproxy() -> Iterator[Toxiproxy]:
+    """A toxiproxy that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
+    folder = servers.new_folder("toxiproxy")
+    running: servers.Running | None = None
+    try:
+        program = _TOXIPROXY.install("CI" in os.environ)
+        running = servers.launch(_TOXIPROXY, program, ports=servers.free_ports(_TOXIPROXY.port_count), folder=folder)
+        servers.await_ready(running)
+        yield Toxiproxy(running.address)
+    except servers.NotInstalledError as error:
+        reason = f"toxiproxy is not here: {error}"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(reason)
     finally:
         if running is not None:
             running.discard()

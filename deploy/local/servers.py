@@ -7,7 +7,8 @@
     python deploy/local/servers.py stop
 
 Apache Kafka and ElasticMQ (SQS) come from Maven Central, RabbitMQ from the operating system, versitygw (S3)
-from its Go module. What is downloaded stays in `.servers/`; what runs is listed in `.servers/running.json`;
+from its Go module; so does toxiproxy, which stands before another server to slow and cut connections, and is started
+only where it is named. What is downloaded stays in `.servers/`; what runs is listed in `.servers/running.json`;
 messages and objects lie in a temporary folder until `stop`. Every server listens on 127.0.0.1 alone, and a
 server that died is started again on its old port with what it had stored.
 
@@ -44,6 +45,7 @@ START_TIMEOUT = 90.0
 LOG = "server.log"
 VERSITYGW = "v1.8.0"
 MOTO = "5.2.5"
+TOXIPROXY = "v2.12.0"
 
 
 class NotInstalledError(Exception):
@@ -93,6 +95,7 @@ class Server:
         It is given as many loopback ports as `port_count`; clients use the first.
     ready: whether a server on this port answers a real request; OSError means not yet.
     address: what a client is given, with `{port}` in it.
+    unasked: whether it is one of those that `start` starts when none is named.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Server:
     ready: Callable[[int], bool]
     address: str
     port_count: int = 1
+    unasked: bool = True
 
 
 def kafka_command(jars: Path, folder: Path, ports: list[int], extra: Mapping[str, str] | None = None) -> list[str]:
@@ -178,13 +182,26 @@ def _s3_install(system: bool) -> Path:
 
 def _fetch_versitygw(folder: Path) -> None:
     _say("Building versitygw with Go (once, about a minute)")
-    module = f"github.com/versity/versitygw/cmd/versitygw@{VERSITYGW}"
-    _run(["env", f"GOBIN={folder}", "go", "install", module])
+    _go_install(f"github.com/versity/versitygw/cmd/versitygw@{VERSITYGW}", folder)
 
 
 def _fetch_moto(folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     _run([*pip, "--target", str(folder), f"moto[server,s3]=={MOTO}"])
+
+
+def _toxiproxy_install(_system: bool) -> Path:
+    _need("go", apt="golang-go", brew="go", system=False)  # that of Debian 12 is too old to build it, or versitygw
+    return _cached(f"toxiproxy-{TOXIPROXY}", _fetch_toxiproxy) / "server"
+
+
+def _fetch_toxiproxy(folder: Path) -> None:
+    _say("Building toxiproxy with Go (once, about a quarter of a minute)")
+    _go_install(f"github.com/Shopify/toxiproxy/v2/cmd/server@{TOXIPROXY}", folder)
+
+
+def _go_install(module: str, folder: Path) -> None:
+    _run(["env", f"GOBIN={folder}", "go", "install", module])
 
 
 def _s3_command(program: Path, folder: Path, ports: list[int]) -> list[str]:
@@ -232,6 +249,14 @@ SERVERS = {
             command=_s3_command,
             ready=lambda port: _answers_http(port, "/"),
             address="http://127.0.0.1:{port}",
+        ),
+        Server(
+            name="toxiproxy",
+            install=_toxiproxy_install,
+            command=lambda program, _folder, ports: [str(program), "-host", "127.0.0.1", "-port", str(ports[0])],
+            ready=lambda port: _answers_http(port, "/version"),
+            address="http://127.0.0.1:{port}",
+            unasked=False,
         ),
     )
 }
@@ -303,10 +328,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Real servers on 127.0.0.1 for tests, without Docker.")
     parser.add_argument("action", choices=["start", "stop", "status"])
     names = ", ".join(SERVERS)
-    parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"{names}, or NAME=PORT; default: all")
+    parser.add_argument(
+        "servers", nargs="*", metavar="SERVER", help=f"{names}, or NAME=PORT; default: all but toxiproxy"
+    )
     options = parser.parse_args()
     wanted: dict[str, int | None] = {}
-    for text in options.servers or SERVERS:
+    unasked = [name for name in SERVERS if SERVERS[name].unasked or options.action != "start"]
+    for text in options.servers or unasked:
         name, _, port = text.partition("=")
         if name not in SERVERS or not (port.isdecimal() or text == name):
             parser.error(f"{text!r} is not one of {names}, nor NAME=PORT")
