@@ -337,7 +337,11 @@ class Sink(Protocol):
         """
 
     def tick(self) -> None:
-        """Make progress and call the `done` of what has finished. Never blocks."""
+        """Make progress and call the `done` of what has finished. Never blocks.
+
+        Raises:
+            Fatal: This client cannot go on.
+        """
 
     def rest(self) -> None:
         """The pipeline is about to wait: ring the bell when something has finished."""

@@ -636,12 +636,12 @@ class RabbitmqSink:
             return
         self._opened = False
         until = self._clock() + timeout
-        self.tick()
+        self._tell()
         while self._pending and self._clock() < until:
             time.sleep(0.002)
-            self.tick()
+            self._tell()
         self._channel.close()
-        self.tick()
+        self._tell()
 
     def write(self, records: Records, done: Done) -> None:
         """Hand all records over at once; `done` comes when the broker has answered for the last."""
@@ -651,6 +651,11 @@ class RabbitmqSink:
 
     def tick(self) -> None:
         """Tell whoever wrote."""
+        if self._connection.broken:
+            raise Fatal(self._connection.broken)
+        self._tell()
+
+    def _tell(self) -> None:
         while self._finished:
             write = self._finished.popleft()
             del self._pending[write]

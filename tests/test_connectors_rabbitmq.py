@@ -18,6 +18,7 @@ from deploy.local import servers
 from inferbus.connectors.base import (
     Bell,
     Failure,
+    Fatal,
     Headers,
     Message,
     Misconfigured,
@@ -308,6 +309,22 @@ def test_a_broker_that_restarts_is_found_again_by_source_and_sink(restartable_ra
         assert source.void(message)
         until(lambda: sink.healthy() is None)
         assert write(sink, plain(2)) == []
+
+
+def test_a_client_that_breaks_is_fatal_to_source_and_sink_and_both_still_close(place: RabbitmqPlace) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    source, sink = place.source(), place.sink()
+    with opened(source), opened_sink(sink):
+        for connection in (source._connection, sink._connection):
+            connection.call(broken)
+        until(lambda: source._connection.broken and sink._connection.broken)
+        why = r"the client broke \(ZeroDivisionError\); see the log"
+        with pytest.raises(Fatal, match=why):
+            sink.tick()
+        with pytest.raises(Fatal, match=why):
+            source.receive(1)
 
 
 def test_heartbeats_go_on_while_the_pipeline_is_busy(rabbitmq: RabbitMQ) -> None:

@@ -15,7 +15,7 @@ import orjson
 import pytest
 from structlog.testing import capture_logs
 
-from inferbus.connectors.base import Headers, Refused, TooLarge, Unavailable
+from inferbus.connectors.base import Fatal, Headers, Refused, TooLarge, Unavailable
 from inferbus.connectors.memory import MemoryBus, MemorySink, MemorySource
 from inferbus.models.base import (
     Decoded,
@@ -233,6 +233,22 @@ def test_a_sick_device_ends_the_worker_and_blames_no_request() -> None:
     assert s.sink.written == []
     assert s.source.settled == []
     assert len(s.bus) == 20
+
+
+class Broken(MemorySink):
+    """Its client cannot go on."""
+
+    def tick(self) -> None:
+        raise Fatal("broken")
+
+
+def test_a_sink_whose_client_is_broken_ends_the_worker_and_settles_nothing() -> None:
+    sink = Broken()
+    s = started(sinks=[sink])
+    s.ask(1.0)
+    s.run(lambda: s.pipeline.fatal is not None)
+    assert s.pipeline.fatal == "broken"
+    assert s.source.settled == []
 
 
 def test_a_model_that_fails_its_warm_up_is_never_served() -> None:

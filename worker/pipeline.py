@@ -308,9 +308,7 @@ class Pipeline:
         moved = self._collect()
         if self.draining or self._nothing_to_wait_for():
             self._delivery.drain()
-        self._delivery.tick()
-        if self._answering is not None:
-            self._answering.tick()
+        self._tick_delivery()
         self._tick_source(now)
         if self._leftovers:
             self._drop_leftovers()
@@ -318,6 +316,14 @@ class Pipeline:
             moved |= self._receive(now)
         self._expire(now)
         return self._dispatch(now, flush=self.draining) or moved
+
+    def _tick_delivery(self) -> None:
+        try:
+            self._delivery.tick()
+        except Fatal as error:
+            self._die(str(error))
+        if self._answering is not None:
+            self._answering.tick()
 
     def _nothing_to_wait_for(self) -> bool:
         """No request is between source and delivery, and none can come before stores have completed what they have."""
@@ -359,7 +365,7 @@ class Pipeline:
             self._stepped_at = self._clock()
             moved = self._collect()
             self._delivery.drain()
-            self._delivery.tick()
+            self._tick_delivery()
             self._expire(self._clock())
             moved |= self._dispatch(self._clock(), flush=True)
             if not moved and not finished():
