@@ -63,7 +63,7 @@ class Stored:
 
     def finish(self, *flags: str) -> None:
         worker = self.start("--until-idle", "1", *flags)
-        assert worker.wait(2 * PATIENCE) == 0, (self.folder / "w.log").read_text()
+        assert worker.wait(10 * PATIENCE) == 0, (self.folder / "w.log").read_text()
 
     def objects(self) -> int:
         return sum(path.is_file() for path in self.folder.glob("out/**/*.jsonl"))
