@@ -511,6 +511,20 @@ def test_a_sink_on_another_bus_than_the_source_says_itself_where_that_is(problem
     assert [sink.kind for sink in settings.errors] == ["sqs"]
 
 
+def test_objects_are_as_large_as_what_may_be_in_flight_allows(write: Any) -> None:
+    def sizes(text: str, *overrides: str) -> tuple[int, int]:
+        settings = load(write(text), overrides)
+        assert settings.sink[0].file is not None
+        return settings.flow.max_inflight, settings.sink[0].file.max_rows
+
+    to_files = RABBIT.replace("{rabbitmq: {exchange: results, routing_key: digits}}", "{file: {path: out}}")
+    of_files = "name: j\nmodel: m.onnx\nsource: {file: {path: in.jsonl}}\nsink: {file: {path: out}}\n"
+    assert sizes(of_files) == (200_000, 50_000)
+    assert sizes(of_files, "flow.max_inflight=300") == (300, 150)
+    assert sizes(of_files, "sink.file.max_rows=10") == (8192, 10)
+    assert sizes(to_files) == (65_535, 32_767)
+
+
 def test_the_password_in_a_url_is_never_shown(write: Any) -> None:
     shown = effective(load(write(RABBIT)))
     assert "hunter22" not in shown

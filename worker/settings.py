@@ -371,14 +371,24 @@ def completed(settings: PipelineSettings) -> PipelineSettings:
         return sink.model_copy(update={sink.kind: sink.place.completed(source)})
 
     sinks = tuple(map(like_the_source, settings.sink))
+    flow = _room_for_objects(settings.flow, sinks, source.most_unsettled)
     return settings.model_copy(
         update={
             "source": settings.source.model_copy(update={kind: source}),
-            "sink": sinks,
-            "errors": tuple(map(like_the_source, errors)),
-            "flow": _room_for_objects(settings.flow, sinks, source.most_unsettled),
+            "sink": tuple(_fitting(sink, flow) for sink in sinks),
+            "errors": tuple(_fitting(like_the_source(sink), flow) for sink in errors),
+            "flow": flow,
         }
     )
+
+
+def _fitting(sink: SinkSettings, flow: FlowSettings) -> SinkSettings:
+    """Objects that can be filled, where their size is left to us: what waits for one is in flight."""
+    place = sink.place
+    if not isinstance(place, StoreSettings) or "max_rows" in place.model_fields_set:
+        return sink
+    rows = max(1, min(place.max_rows, flow.max_inflight // 2))
+    return sink.model_copy(update={sink.kind: place.model_copy(update={"max_rows": rows})})
 
 
 def _room_for_objects(flow: FlowSettings, sinks: Sequence[SinkSettings], most: int | None) -> FlowSettings:
