@@ -8,13 +8,14 @@ Invariant: every request handed over is reported once: written, or why it was no
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from inferbus.client.inbox import Inbox
-from inferbus.connectors.base import Bell, ConnectorError, Failure, Message, Records, Sink
+from inferbus.connectors.base import Bell, ConnectorError, Failure, Message, Records, Sink, Unavailable
 
 REST = 0.2  # seconds the thread sleeps at most
 GOODBYE = 2.0  # seconds that what is under way has when the client closes
@@ -37,7 +38,10 @@ class Courier:
         self._came = came
         self._bell = Bell()
         self._outgoing: deque[tuple[Message, Written]] = deque()
+        self._under_way: dict[str, tuple[Message, Written]] = {}  # given to the sink, by id
         self._closing = False
+        self._over: Exception | None = None  # why nothing is sent any more
+        self._ended: Callable[[], object] = lambda: None
         self._thread: threading.Thread | None = None
 
     def begin(self, opened: Callable[[Exception | None], object]) -> None:
@@ -49,12 +53,22 @@ class Courier:
         """Hand a request over; `written` is called on the thread once it is durable, or with the reason why not."""
         self._outgoing.append((request, written))
         self._bell.ring()
+        if self._over is not None:
+            self._refuse(self._over)
+
+    def _refuse(self, why: Exception) -> None:
+        """On whichever thread: what was handed over is not sent any more."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._outgoing.popleft()[1](why)
 
     def end(self, ended: Callable[[], object]) -> None:
         """Write what was handed over, leave the bus, call `ended`."""
         self._ended = ended
         self._closing = True
         self._bell.ring()
+        if self._over is not None:
+            ended()  # it was over before we said so
 
     def _run(self, opened: Callable[[Exception | None], object]) -> None:
         try:
@@ -66,8 +80,21 @@ class Courier:
             opened(error)
             return
         opened(None)
+        over: Exception = Unavailable("the client is closed")
+        try:
+            self._serve()
+        except ConnectorError as error:  # the client of the bus cannot go on
+            over = error
+        self._sink.close(GOODBYE)
+        self._inbox.close()
+        self._over = over
+        for _, written in self._under_way.values():
+            written(over)
+        self._refuse(over)
+        self._ended()
+
+    def _serve(self) -> None:
         until = float("inf")
-        self._under_way = 0
         while not (self._closing and not self._outgoing and not self._under_way) and time.monotonic() < until:
             if self._closing and until == float("inf"):
                 until = time.monotonic() + GOODBYE
@@ -75,9 +102,6 @@ class Courier:
                 self._sink.rest()
                 self._inbox.rest()
                 self._bell.wait(REST)
-        self._sink.close(GOODBYE)
-        self._inbox.close()
-        self._ended()
 
     def _step(self) -> bool:
         """Everything that can be done now; False when there was nothing."""
@@ -98,12 +122,12 @@ class Courier:
         records = Records(
             messages, [m.key for m in messages], [m.body for m in messages], [[*m.headers] for m in messages]
         )
-        self._under_way += len(batch)
+        self._under_way.update((m.id, (m, written)) for m, written in batch)
         self._sink.write(records, lambda failures: self._report(batch, failures))
         return True
 
     def _report(self, batch: list[tuple[Message, Written]], failures: Sequence[Failure]) -> None:
-        self._under_way -= len(batch)
         errors = dict(failures)
-        for position, (_, written) in enumerate(batch):
+        for position, (m, written) in enumerate(batch):
+            del self._under_way[m.id]
             written(errors.get(position))

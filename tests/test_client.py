@@ -17,6 +17,7 @@ import yaml
 
 from inferbus.client import Client, Misconfigured, RequestFailed, Unavailable
 from inferbus.client.client import outputs_of, request_body
+from inferbus.connectors.base import Fatal
 from inferbus.worker.supervisor import COMMAND
 from tests import tiny_models
 from tests.servers import Kafka, RabbitMQ, Sqs
@@ -137,6 +138,29 @@ def test_an_answer_that_does_not_come_is_a_timeout_and_the_client_goes_on(kafka:
             return time.monotonic() - began
 
     assert asyncio.run(main()) < 10.0
+
+
+async def send_for_ever(client: Client) -> None:
+    while True:
+        await client.send({"x": [[1.0, 2.0, 3.0]]})
+
+
+@pytest.mark.broker
+def test_a_client_whose_bus_breaks_says_so_and_still_closes(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    served = Served(request, tmp_path, "rabbitmq")
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        async with served.client() as client:
+            client._sink._connection.call(broken)  # type: ignore[attr-defined]
+            with pytest.raises(Fatal, match="the client broke"):
+                await send_for_ever(client)
+            with pytest.raises(Fatal, match="the client broke"):
+                await client.predict({"x": [[1.0, 2.0, 3.0]]}, timeout=PATIENCE)
+
+    asyncio.run(main())
 
 
 def kafka_pipeline(folder: Path, brokers: str, source: str = "in", replies: str = "back") -> tuple[Path, str]:
