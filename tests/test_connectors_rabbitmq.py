@@ -395,7 +395,7 @@ def test_a_body_that_is_forgotten_counts_no_more(place: RabbitmqPlace) -> None:
         messages = receive(source, 1)
         source.forget_bodies(messages)
         assert source.inflight() == (1, 3)
-        assert source.stream(messages[0]) is None
+        assert source.stream(messages[0]) is source._epoch  # what comes on a channel goes with it
         names = {run[0] for run in (source.run(messages) for _ in range(3)) if run is not None}
         assert len(names) == 3
         assert {name.split("/")[0] for name in names} == {place.requests}

@@ -106,7 +106,7 @@ def test_each_line_is_published_as_one_request_with_an_id_of_its_own(
     assert sorted(body for _, body, _ in taken) == [b"[]", b"no JSON", b'{"id": "", "x": 2}', b'{"id": 3}', b'{"x": 1}']
     assert {key for key, _, _ in taken} == {None}
     assert len({uuid.UUID(dict(headers)["inferbus-id"].decode()) for _, _, headers in taken}) == 5
-    assert capsys.readouterr().err == f"inferbus: 5 requests published to {bench.source}\n"
+    assert capsys.readouterr().err == f"inferbus: 5 requests published to topic {bench.source}\n"
 
 
 def test_a_request_is_called_by_the_id_in_its_body(bench: Bench, rows: Callable[[str], str]) -> None:
@@ -128,7 +128,7 @@ def test_an_empty_file_is_told_as_no_requests(
 ) -> None:
     for wait in ([], ["--wait"]):
         assert main(["send", bench.file, "--file", rows(""), *wait]) == 0
-        assert capsys.readouterr() == ("", f"inferbus: 0 requests published to {bench.source}\n")
+        assert capsys.readouterr() == ("", f"inferbus: 0 requests published to topic {bench.source}\n")
 
 
 def test_a_line_that_is_no_text_is_named_before_anything_is_published(
@@ -201,7 +201,7 @@ def test_wait_waits_for_each_of_the_requests_that_share_an_id(
     captured = capsys.readouterr()
     assert code == 0
     assert sorted(json.loads(line)["id"] for line in captured.out.splitlines()) == ["once", "twice", "twice"]
-    assert captured.err == f"inferbus: 3 requests published to {bench.source}\n"
+    assert captured.err == f"inferbus: 3 requests published to topic {bench.source}\n"
 
 
 def answer_to_nobody(bench: Bench) -> None:
@@ -217,7 +217,7 @@ def test_outcomes_that_do_not_come_are_counted_and_exit_3(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        f"inferbus: 2 requests published to {bench.source}",
+        f"inferbus: 2 requests published to topic {bench.source}",
         "inferbus: 2 requests without an outcome after 0.2 s; is a worker running?",
     ]
 
@@ -311,7 +311,7 @@ def test_a_record_is_shown_whole_and_bytes_that_are_no_text_in_base64(
 
 def test_an_id_without_an_error_record_is_the_users_mistake(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["errors", "show", bench.file, "gone"]) == 1
-    assert capsys.readouterr().err == f"inferbus: no error record of a request 'gone' in {bench.errors}\n"
+    assert capsys.readouterr().err == f"inferbus: no error record of a request 'gone' in topic {bench.errors}\n"
 
 
 # errors replay
