@@ -29,7 +29,7 @@ from inferbus.connectors.base import (
     Unavailable,
     Unreadable,
 )
-from inferbus.connectors.rabbitmq import RabbitmqSink, RabbitmqSource
+from inferbus.connectors.rabbitmq import RECEIPT_EPOCH, RabbitmqSink, RabbitmqSource
 from inferbus.connectors.rabbitmq_client import Connection
 from inferbus.connectors.settings import AmqpDeclare, AmqpTls
 from tests.connector_contract import (
@@ -395,7 +395,7 @@ def test_a_body_that_is_forgotten_counts_no_more(place: RabbitmqPlace) -> None:
         messages = receive(source, 1)
         source.forget_bodies(messages)
         assert source.inflight() == (1, 3)
-        assert source.stream(messages[0]) is source._epoch  # what comes on a channel goes with it
+        assert source.stream(messages[0]) is RECEIPT_EPOCH(messages[0].receipt)  # what came on a channel goes with it
         names = {run[0] for run in (source.run(messages) for _ in range(3)) if run is not None}
         assert len(names) == 3
         assert {name.split("/")[0] for name in names} == {place.requests}
