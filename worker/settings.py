@@ -198,32 +198,33 @@ class FlowSettings(Settings):
     )
 
 
-def _one_of(section: Settings) -> str:
-    """The one connector a place names; `ValueError` where it names none or several."""
-    named = [name for name in type(section).model_fields if getattr(section, name) is not None]
-    if len(named) != 1:
-        every = ", ".join(type(section).model_fields)
-        raise ValueError(f"expected one of {every}" + (f", got {' and '.join(named)}" if named else ""))
-    return named[0]
+class OneOf(Settings):
+    """A place on one of several buses or stores: exactly one of the fields is given."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        named = self._named()
+        if len(named) != 1:
+            every = ", ".join(type(self).model_fields)
+            raise ValueError(f"expected one of {every}" + (f", got {' and '.join(named)}" if named else ""))
+        return self
+
+    def _named(self) -> list[str]:
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+    @property
+    def kind(self) -> str:
+        """Which it is, such as `kafka`."""
+        return self._named()[0]
 
 
-class SourceSettings(Settings):
+class SourceSettings(OneOf):
     """Where requests come from: one of these."""
 
     kafka: KafkaSourceSettings | None = Field(default=None, description="A Kafka topic.")
     rabbitmq: RabbitmqSourceSettings | None = Field(default=None, description="A RabbitMQ queue.")
     sqs: SqsSourceSettings | None = Field(default=None, description="An SQS queue.")
     file: FileSourceSettings | None = Field(default=None, description="Files, read once: a bounded job.")
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        _one_of(self)
-        return self
-
-    @property
-    def kind(self) -> str:
-        """Which it is, such as `kafka`."""
-        return _one_of(self)
 
     @property
     def place(self) -> SourcePlace:
@@ -232,7 +233,7 @@ class SourceSettings(Settings):
         return place
 
 
-class SinkSettings(Settings):
+class SinkSettings(OneOf):
     """Where records go: one of these."""
 
     kafka: KafkaSinkSettings | None = Field(default=None, description="A Kafka topic.")
@@ -240,16 +241,6 @@ class SinkSettings(Settings):
     sqs: SqsSinkSettings | None = Field(default=None, description="An SQS queue.")
     s3: S3SinkSettings | None = Field(default=None, description="Objects in a bucket.")
     file: FileSinkSettings | None = Field(default=None, description="Files in a folder.")
-
-    @model_validator(mode="after")
-    def _is_one(self) -> Self:
-        _one_of(self)
-        return self
-
-    @property
-    def kind(self) -> str:
-        """Which it is, such as `kafka`."""
-        return _one_of(self)
 
     @property
     def place(self) -> SinkPlace:
