@@ -390,10 +390,10 @@ def test_a_message_that_comes_anew_while_it_is_held_is_served_once_and_deleted_b
     with opened(place.source(visibility_timeout=600.0)) as source:
         (message,) = receive(source, 1)
         receipt: Any = message.receipt
+        first = receipt.receipt
         url = place.server.address(place.requests)
         # Behind the source's back, as if it had not been renewed in time.
-        place.server.client.change_message_visibility(QueueUrl=url, ReceiptHandle=receipt.receipt, VisibilityTimeout=0)
-        first = receipt.receipt
+        place.server.client.change_message_visibility(QueueUrl=url, ReceiptHandle=first, VisibilityTimeout=0)
         until(lambda: receipt.receipt != first)
         assert source.receive(10) == []
         settle(source, [message])
