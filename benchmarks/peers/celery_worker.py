@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import Celery
 from celery_batches import Batches
+from kombu import Queue
 from model import Model, arguments
 
 args = arguments()
@@ -20,6 +21,8 @@ app.conf.update(
     task_acks_late=True,
     task_ignore_result=True,
     task_default_queue=args.source,
+    # Celery declares it again, so it must say the same of it.
+    task_queues=[Queue(args.source, queue_arguments={"x-queue-mode": "lazy"})],
     worker_prefetch_multiplier=args.prefetch,
     broker_transport_options={"confirm_publish": not args.unconfirmed},
 )
