@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,10 +21,10 @@ import numpy.typing as npt
 import orjson
 
 from inferbus.client.courier import Courier
-from inferbus.client.inbox import inbox
 from inferbus.connectors.base import Headers, Message, Misconfigured, Unavailable
 from inferbus.models.base import DATATYPES
 from inferbus.worker import build
+from inferbus.worker.inbox import inbox
 from inferbus.worker.pipeline_file import load
 
 Outputs = dict[str, npt.NDArray[Any]]
@@ -65,14 +64,9 @@ class Client:
 
     def __init__(self, pipeline: str | Path, *, reply_to: str | None = None, overrides: Sequence[str] = ()) -> None:
         settings = load(Path(pipeline), overrides)
-        place = settings.source.place
         self._format = settings.requests.format
-        self._inbox = inbox(place, settings.name, reply_to)
-        self._address = self._inbox.address
-        allowed = settings.replies.allow if settings.replies else ()
-        if not any(fnmatchcase(self._address, pattern) for pattern in allowed):
-            raise Misconfigured(f"{pipeline}: replies.allow does not allow {self._address!r}; add a pattern that does")
-        self._sink = build.sink(place.writing(), {})
+        self._inbox = inbox(settings, reply_to)
+        self._sink = build.sink(settings.source.place.writing(), {})
         self._waiting: dict[str, asyncio.Future[Any]] = {}
 
     async def __aenter__(self) -> Self:
@@ -148,7 +142,7 @@ class Client:
         id_ = uuid.uuid4().hex
         own = [("inferbus-id", id_.encode()), *headers]
         if reply:
-            own.append(("inferbus-reply-to", self._address.encode()))
+            own.append(("inferbus-reply-to", self._inbox.address.encode()))
         published: asyncio.Future[None] = self._loop.create_future()
 
         def written(error: Exception | None) -> None:

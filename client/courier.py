@@ -14,8 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from inferbus.client.inbox import Inbox
 from inferbus.connectors.base import Bell, ConnectorError, Failure, Message, Records, Sink, Unavailable
+from inferbus.worker.inbox import Inbox
 
 REST = 0.2  # seconds the thread sleeps at most
 GOODBYE = 2.0  # seconds that what is under way has when the client closes

@@ -113,6 +113,25 @@ def test_two_clients_at_once_get_only_what_they_asked_for(served: Served) -> Non
     asyncio.run(main())
 
 
+@pytest.mark.broker
+def test_what_is_sent_with_wait_is_told_its_outcome_on_every_bus(served: Served) -> None:
+    (served.folder / "rows.jsonl").write_bytes(
+        b"".join(b"%b\n" % request_body({"x": [[float(i), 0.0, 0.0]]}, "v2") for i in (1, 2, 666))
+        + b'{"id": "wrong", "inputs": []}\n'
+    )
+    done = subprocess.run(  # noqa: S603 - our own command
+        [*COMMAND, "send", "p.yaml", "--file", "rows.jsonl", "--wait"],
+        cwd=served.folder, capture_output=True, check=False, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    told = [orjson.loads(line) for line in done.stdout.splitlines()]
+    found = {one["outcome"]["outputs"][0]["data"][0] for one in told if one["status"] == "ok"}
+    failed = {one["error"]["code"]: one["id"] for one in told if one["status"] == "error"}
+    assert found == {2.0, 4.0}
+    assert failed.keys() == {"model_error", "invalid_request"}
+    assert failed["invalid_request"] == "wrong"
+
+
 def test_a_bus_that_is_away_is_told_on_entry(tmp_path: Path) -> None:
     file, reply_to = kafka_pipeline(tmp_path, "127.0.0.1:1")
 

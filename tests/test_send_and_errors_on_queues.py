@@ -59,11 +59,11 @@ def test_lines_are_sent_as_requests_with_their_ids(pipeline: Path, capsys: pytes
     assert {m.id for m in held(pipeline, "source")} == set(found)  # looking takes nothing away
 
 
-def test_outcomes_are_not_waited_for_where_reading_would_take_them(pipeline: Path, capsys: Any) -> None:
-    del pipeline
+def test_outcomes_are_awaited_on_queues_only_where_replies_are_allowed(pipeline: Path, capsys: Any) -> None:
     Path("rows.jsonl").write_text('{"inputs": []}\n')
     assert main(["send", "p.yaml", "--file", "rows.jsonl", "--wait"]) == 1
-    assert "outcomes can be watched on a Kafka topic only" in capsys.readouterr().err
+    assert "--wait: outcomes are awaited as replies here, and replies.allow does not allow" in capsys.readouterr().err
+    assert held(pipeline, "source") == []
 
 
 def test_error_records_are_listed_shown_and_replayed_once_each(pipeline: Path, capsys: Any) -> None:

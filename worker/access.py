@@ -176,19 +176,16 @@ def publisher(place: SourcePlace | SinkPlace) -> AbstractContextManager[Publishe
 def reader(
     settings: PipelineSettings, place: SourcePlace | SinkPlace, at: Literal["start", "end"] = "start"
 ) -> AbstractContextManager[Reader]:
-    """Reads a place of the pipeline, from its start or its end.
+    """Reads a place of the pipeline, from its start or, if it is a topic, its end.
 
     Raises:
-        Misconfigured: A client library is missing, a setting cannot work, or the place is a queue and to be read from
-            its end: what came would be taken out of the sight of those it is meant for.
+        Misconfigured: A client library is missing, a setting cannot work, or the place cannot be read.
     """
     if isinstance(place, KafkaSourceSettings | KafkaSinkSettings):
         tools = build.client("kafka_tools")
         config = {"bootstrap.servers": place.brokers, **place.config}
         source = settings.source.kafka
         return tools.KafkaReader(place.topic, source.group if source else settings.name, config, at)  # type: ignore[no-any-return]
-    if at == "end":
-        raise Misconfigured(f"{place.label()}: outcomes can be watched on a Kafka topic only: who reads a queue takes")
     reading = place.reading() if isinstance(place, SinkPlace) else place
     if reading is None:
         raise Misconfigured(f"{place.label()}: cannot be read from here: name the queue it leads to as `routing_key`")

@@ -11,14 +11,16 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
-from inferbus.connectors.base import Message, Misconfigured, TooLarge
+from inferbus.connectors.base import Bell, Headers, Message, Misconfigured, TooLarge
+from inferbus.connectors.settings import KafkaSinkSettings
 from inferbus.worker import access
+from inferbus.worker.inbox import inbox
 from inferbus.worker.settings import PipelineSettings
 
 DONE, AWAY = 0, 3
@@ -28,7 +30,8 @@ def send(settings: PipelineSettings, file: Path, wait: bool, *, timeout: float =
     """Publish each line of `file` as one request; with `wait`, print what became of each as a JSON line.
 
     Args:
-        settings: The pipeline; its source is written to, its first sink and first errors place are read.
+        settings: The pipeline; its source is written to. Outcomes are read from the first sink and the first errors
+            place where these are topics; else they are awaited as replies, which the pipeline must allow.
         file: Request bodies, one a line; blank lines are skipped.
         wait: Whether to wait for the outcomes.
         timeout: Seconds to wait for them after the last request is published.
@@ -43,14 +46,11 @@ def send(settings: PipelineSettings, file: Path, wait: bool, *, timeout: float =
     if not wait:
         _publish(settings, file)
         return DONE
-    with contextlib.ExitStack() as stack:
-        # Readers first: an outcome that came before they stood at the end would never be seen.
-        sink = stack.enter_context(access.reader(settings, settings.sink[0].place, "end"))
-        errors = stack.enter_context(access.reader(settings, settings.errors[0].place, "end"))
-        missing = _publish(settings, file)
+    with _outcomes(settings) as (headers, read):
+        missing = _publish(settings, file, headers)
         until = time.monotonic() + timeout
         while missing and (left := until - time.monotonic()) > 0:
-            for message in (*sink.read(min(0.1, left)), *errors.read(0)):
+            for message in read(min(0.1, left)):
                 outcome = _outcome(message)
                 if outcome["id"] in missing:
                     missing[outcome["id"]] -= 1
@@ -65,7 +65,41 @@ def send(settings: PipelineSettings, file: Path, wait: bool, *, timeout: float =
     return DONE
 
 
-def _publish(settings: PipelineSettings, file: Path) -> Counter[str]:
+Read = Callable[[float], Iterable[Message]]
+"""Outcomes that have come, waiting at most so many seconds for the first."""
+
+
+@contextlib.contextmanager
+def _outcomes(settings: PipelineSettings) -> Iterator[tuple[Headers, Read]]:
+    """What requests must say for it, and a way to see their outcomes.
+
+    They are read where they go if anybody may read there, as in topics; else they are awaited as replies.
+    """
+    places = settings.sink[0].place, settings.errors[0].place
+    if all(isinstance(place, KafkaSinkSettings) for place in places):
+        # Open before anything is published: what came before they stood at the end would never be seen.
+        with access.reader(settings, places[0], "end") as sink, access.reader(settings, places[1], "end") as errors:
+            yield (), lambda patience: (*sink.read(patience), *errors.read(0))
+        return
+    try:
+        box = inbox(settings)
+    except Misconfigured as error:
+        raise Misconfigured(f"--wait: outcomes are awaited as replies here, and {error}") from None
+    bell = Bell()
+
+    def read(patience: float) -> Iterable[Message]:
+        box.rest()
+        bell.wait(patience)
+        return box.take()
+
+    box.open(bell)
+    try:
+        yield (("inferbus-reply-to", box.address.encode()),), read
+    finally:
+        box.close()
+
+
+def _publish(settings: PipelineSettings, file: Path, headers: Headers = ()) -> Counter[str]:
     """Publish the lines of `file` and, once all are acknowledged, say how many; returns each id and its number."""
     ids: Counter[str] = Counter()
     form = settings.requests.format
@@ -77,7 +111,7 @@ def _publish(settings: PipelineSettings, file: Path) -> Counter[str]:
         try:
             for body in _bodies(lines, file, form):
                 request = (_own_id(body) if form == "v2" else None) or str(uuid.uuid4())
-                publisher.publish(body, headers=(("inferbus-id", request.encode()),))
+                publisher.publish(body, headers=(("inferbus-id", request.encode()), *headers))
                 ids[request] += 1
             publisher.finish()
         except TooLarge as error:
@@ -126,6 +160,9 @@ def _outcome(message: Message) -> dict[str, Any]:
     if "inferbus-error" in headers:
         error = orjson.loads(headers["inferbus-error"])
         return {"id": error.get("id"), "status": "error", "error": error}
+    if headers.get("inferbus-status") == b"error":  # a reply
+        code, _, text = str(orjson.loads(message.body).get("error", "")).partition(": ")
+        return {"id": message.id, "status": "error", "error": {"id": message.id, "code": code, "message": text}}
     try:
         outcome = orjson.loads(message.body)
     except orjson.JSONDecodeError:  # tensors the request asked for as raw bytes

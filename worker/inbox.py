@@ -1,7 +1,7 @@
-"""Inboxes: where replies to one client come in, on each bus.
+"""Inboxes: where replies to one asker come in, on each bus; for `inferbus send --wait` and for clients.
 
-Kafka has a topic for all clients of a pipeline, of which each reads all, from the end, without a group. On RabbitMQ and
-SQS a client has a queue of its own, which goes with it.
+Kafka has a topic for all askers of a pipeline, of which each reads all, from the end, without a group. On RabbitMQ and
+SQS each has a queue of its own, which goes with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from inferbus.connectors.base import Bell, ConnectorError, Message, Misconfigured, Source
@@ -22,6 +23,7 @@ from inferbus.connectors.settings import (
     SqsSourceSettings,
 )
 from inferbus.worker import build
+from inferbus.worker.settings import PipelineSettings
 
 CHUNK = 500  # replies taken at once
 LOOK = 0.2  # seconds of one read on Kafka: how long closing may wait for it
@@ -29,7 +31,7 @@ AGAIN = 1.0  # seconds until the next try where reading failed
 
 
 class Inbox(Protocol):
-    """Where replies come in; used by the courier's thread."""
+    """Where replies come in; for one thread."""
 
     address: str
     """What requests name as `inferbus-reply-to`."""
@@ -51,12 +53,25 @@ class Inbox(Protocol):
         """Remove what was made. Idempotent."""
 
 
-def inbox(place: SourcePlace, pipeline: str, reply_to: str | None) -> Inbox:
-    """An inbox on the bus of a pipeline's source.
+def inbox(settings: PipelineSettings, reply_to: str | None = None) -> Inbox:
+    """An inbox on the bus of a pipeline's source, at an address that its `replies` allow.
+
+    Args:
+        settings: The pipeline.
+        reply_to: On Kafka a topic, by default `<name>.replies`, which must exist; on RabbitMQ and SQS what the name of
+            the queue begins with.
 
     Raises:
-        Misconfigured: Nobody can ask there.
+        Misconfigured: Nobody can ask there, or the address is not allowed.
     """
+    made = _made(settings.source.place, settings.name, reply_to)
+    allowed = settings.replies.allow if settings.replies else ()
+    if not any(fnmatchcase(made.address, pattern) for pattern in allowed):
+        raise Misconfigured(f"replies.allow does not allow {made.address!r}; add a pattern that does")
+    return made
+
+
+def _made(place: SourcePlace, pipeline: str, reply_to: str | None) -> Inbox:
     own = uuid.uuid4().hex[:12]
     match place:
         case KafkaSourceSettings():
