@@ -29,6 +29,7 @@ import orjson
 import yaml
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from onnx import helper
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.servers import Kafka
 from tests.tiny_models import floats, python_model, save
@@ -598,3 +599,18 @@ class Scene:
     def served_by(self) -> Counter[str]:
         """Predictions by the id of the worker that made them."""
         return Counter(o.timing["worker"] for o in self.outcomes.read() if not o.error)
+
+
+def repeated_later(outcomes: list[Outcome]) -> list[int]:
+    """For each life of a worker, how many of its outcomes a later life repeats."""
+    lives: dict[str, set[str]] = defaultdict(set)
+    for outcome in outcomes:
+        lives[outcome.timing["worker"]].add(outcome.id)
+    ids = list(lives.values())
+    return [len(own & set().union(*ids[life + 1 :])) for life, own in enumerate(ids)]
+
+
+def value(worker: Worker, metric: str) -> float:
+    """A metric, over all its labels."""
+    families = text_string_to_metric_families(worker.get("/metrics")[1])
+    return sum(s.value for family in families for s in family.samples if s.name == metric)

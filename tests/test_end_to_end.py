@@ -7,7 +7,6 @@ import json
 import signal
 import socket
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Producer
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.end_to_end import (
     CHANCE,
@@ -35,7 +33,9 @@ from tests.end_to_end import (
     onnx_model,
     publish,
     refused,
+    repeated_later,
     shuffled,
+    value,
 )
 from tests.malformed import WIDTH, malformed
 from tests.servers import Kafka, KafkaServer
@@ -97,15 +97,6 @@ def test_kill_9_in_a_loop_loses_nothing_and_repeats_no_more_than_was_in_flight(s
     assert the.accounted() <= at_most * SIZES.kills
     for repeated in repeated_later(the.outcomes.read()):
         assert repeated <= at_most
-
-
-def repeated_later(outcomes: list[Outcome]) -> list[int]:
-    """For each life of a worker, how many of its outcomes a later life repeats."""
-    lives: dict[str, set[str]] = defaultdict(set)
-    for outcome in outcomes:
-        lives[outcome.timing["worker"]].add(outcome.id)
-    ids = list(lives.values())
-    return [len(own & set().union(*ids[life + 1 :])) for life, own in enumerate(ids)]
 
 
 @PROTOCOLS
@@ -251,12 +242,6 @@ def test_several_workers_of_one_run_answer_for_all_at_the_parents_port(scene: St
     children = [started["pid"] for started in parent.said("worker_started")]
     assert len(children) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
-
-
-def value(worker: Worker, metric: str) -> float:
-    """A metric, over all its labels."""
-    families = text_string_to_metric_families(worker.get("/metrics")[1])
-    return sum(s.value for family in families for s in family.samples if s.name == metric)
 
 
 # The broker

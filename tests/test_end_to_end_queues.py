@@ -37,11 +37,12 @@ from tests.end_to_end import (
     good_ones,
     model_that,
     refused,
+    repeated_later,
     shuffled,
+    value,
 )
 from tests.malformed import malformed
 from tests.servers import RabbitMQ, RabbitMQServer, Sqs, SqsServer, Toxiproxy
-from tests.test_end_to_end import repeated_later, value
 
 pytestmark = pytest.mark.broker
 
