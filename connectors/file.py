@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from inferbus.connectors.base import Bell, Misconfigured, Unavailable
 from inferbus.connectors.job import Found, written_whole
-from inferbus.connectors.request_rows import BUFFER, JsonLines
+from inferbus.connectors.request_rows import BUFFER
 
 BACKOFF = (0.1, 10.0)  # seconds between tries, the first and the longest
 
@@ -60,10 +60,8 @@ class Files:
 
     def _found(self, path: Path) -> Found:
         name, size = path.relative_to(self._folder).as_posix(), path.stat().st_size
-        # Lines are added at the end of a file; packed ones and tables are written once.
-        return Found(
-            name, size, None if JsonLines().seekable(name) and not name.endswith(".parquet") else f"{size} bytes"
-        )
+        # Lines are added at the end of a file; packed ones and tables are written at once.
+        return Found(name, size, f"{size} bytes" if name.endswith((".gz", ".parquet")) else None)
 
     def tail(self, file: Found, size: int) -> bytes:
         """See `Place`."""
@@ -82,8 +80,11 @@ class Files:
         return self._at(file.name).open("rb", buffering=BUFFER)
 
     def size(self, file: Found) -> int:
-        """See `Place`."""
-        return self._at(file.name).stat().st_size
+        """See `Place`; of one that is not there any more, as it was."""
+        try:
+            return self._at(file.name).stat().st_size
+        except OSError:
+            return file.size
 
     def _at(self, name: str) -> Path:
         return self._folder / name

@@ -22,9 +22,9 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import orjson
 
-from inferbus.connectors.base import Bell, ConnectorError, Fatal, Message, Misconfigured, Unavailable, Unreadable
+from inferbus.connectors.base import Bell, ConnectorError, Message, Misconfigured, Unavailable, Unreadable
 from inferbus.connectors.gaps import Gaps
-from inferbus.connectors.request_rows import SUFFIXES, Chunk, Format, Known, Rows
+from inferbus.connectors.request_rows import SUFFIXES, Chunk, Format, Known, Rows, format_of
 from inferbus.connectors.threads import Clerk
 
 SAVE_EVERY = 0.1  # seconds between two writings of the progress file
@@ -76,7 +76,7 @@ class Place(Protocol):
 
         Raises:
             Unavailable: It cannot be had now.
-            Fatal: It is not there any more as it was listed.
+            Misconfigured: It is not there any more as it was listed.
         """
 
     def size(self, file: Found) -> int:
@@ -152,35 +152,29 @@ class JobSource:
         self._saved = self._load()
         try:
             files = self._fitting(self._place.open(bell))
-            self._parts = [self._begun(file) for file in files]
+            parts = [self._begun(file) for file in files]
             self._form.check(self._place.where(files[0].name), partial(self._place.tail, files[0]))
         except ConnectorError:
             self._place.close()
             raise
-        self._unread = deque(part for part in self._parts if part.unread())
+        self._parts = parts
+        self._unread = deque(part for part in parts if part.unread())
         self._clerk = Clerk(bell)
 
     def _fitting(self, listed: Sequence[Found]) -> list[Found]:
-        """The files of our format; to those of another something else must be said than that there are none."""
-        own = self._form.suffixes
-        others = {
-            name: sum(file.name.endswith(suffixes) for file in listed)
-            for name, suffixes in SUFFIXES.items()
-            if suffixes != own
-        }
-        files = [
-            file
-            for file in listed
-            if file.name.endswith(own)
-            or (file.chosen and not file.name.endswith(tuple(s for several in SUFFIXES.values() for s in several)))
+        """The files of our format; one that the user named may be called as it likes, but not as of another."""
+        own = self._form.name
+        formats = [format_of(file.name) for file in listed]
+        fitting = [
+            file for file, other in zip(listed, formats, strict=True) if other == own or (file.chosen and other is None)
         ]
-        if files:
-            return files
-        why = f"no file there ends in {', '.join(own)}"
-        for name, count in others.items():
-            if count:
-                why += f"; {count} are for `format: {name}`: set that"
-        raise Misconfigured(f"{self._place.where('').rstrip('/')}: {why}")
+        if not fitting:
+            why = f"no file there ends in {', '.join(SUFFIXES[own])}"
+            for other in {*SUFFIXES} - {own}:
+                if count := formats.count(other):
+                    why += f"; {count} are for `format: {other}`: set that"
+            raise Misconfigured(f"{self.name}: {why}")
+        return fitting
 
     def _begun(self, file: Found) -> Part:
         """A file, from where the last run has come to."""
@@ -247,9 +241,9 @@ class JobSource:
             self._place.ahead(self._unread[1].file, self._start(self._unread[1]))
         try:
             return self._form.rows(self._place.where(part.file.name), file, part.size, part.row, part.known[-1])
-        except Misconfigured as error:  # what the check of the first file could not know of the others
-            file.close()
-            raise Fatal(str(error)) from None
+        except BaseException:
+            file.close()  # nobody has it yet
+            raise
 
     def _start(self, part: Part) -> int:
         """The first byte that is needed of a file."""

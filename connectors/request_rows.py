@@ -17,15 +17,17 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import orjson
 
-from inferbus.connectors.base import Fatal, Headers, Misconfigured, resolve_id
+from inferbus.connectors.base import Headers, Misconfigured, resolve_id
 from inferbus.connectors.rows import json_texts, pyarrow
 
-SUFFIXES: Mapping[str, tuple[str, ...]] = {
+FormatName = Literal["jsonl", "parquet"]
+
+SUFFIXES: Mapping[FormatName, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
     "parquet": (".parquet",),
 }
@@ -78,7 +80,7 @@ class Rows(Protocol):
 
         Raises:
             OSError: It cannot be read now.
-            Fatal: What is in it is broken.
+            Misconfigured: What is in it is broken.
         """
 
     def close(self) -> None:
@@ -88,7 +90,7 @@ class Rows(Protocol):
 class Format(Protocol):
     """How rows are read from files."""
 
-    suffixes: tuple[str, ...]
+    name: FormatName
 
     def seekable(self, name: str) -> bool:
         """Whether a row is found by its byte, without anything that stands before it."""
@@ -116,17 +118,23 @@ class Format(Protocol):
         """
 
 
+def format_of(name: str) -> FormatName | None:
+    """The format that files of such a name are of."""
+    return next((form for form, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
+
+
 class JsonLines:
     """A request body a line; files called `.gz` are unpacked."""
 
-    suffixes = SUFFIXES["jsonl"]
+    name: FormatName = "jsonl"
 
     def seekable(self, name: str) -> bool:
         """See `Format`: all but what is packed."""
         return not name.endswith(".gz")
 
-    def check(self, where: str, tail: Callable[[int], bytes]) -> None:
-        """See `Format`: any line may be a request."""
+    def check(self, where: str, tail: Callable[[int], bytes]) -> None:  # noqa: ARG002 - nothing to complain of
+        """See `Format`: any line may be a request, so it is enough that the file may be read."""
+        tail(1)
 
     def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> Rows:
         """See `Format`."""
@@ -176,7 +184,7 @@ class PackedLines:
             lines = list(islice(self._file, limit))
             whole = not self._file.peek(1)
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise Fatal(f"{self._where}: is not whole as gzip, from about row {self._row + 1} on") from None
+            raise Misconfigured(f"{self._where}: is not whole as gzip, from about row {self._row + 1} on") from None
         first = self._row
         self._row += len(lines)
         # What is unpacked may be all there is before anybody has looked: the place behind the last row is the size.
@@ -214,7 +222,7 @@ class Parquet:
         Misconfigured: pyarrow, which reads Parquet, is not installed.
     """
 
-    suffixes = SUFFIXES["parquet"]
+    name: FormatName = "parquet"
 
     def __init__(self, columns: Sequence[str] | None = None) -> None:
         self._columns = columns
@@ -398,7 +406,7 @@ class TableRows:
                     return Chunk(0, (), (), Known(self._row, self._size))
         except (arrow.ArrowException, OSError) as error:
             _pass_on(error)
-            raise Fatal(f"{self._where}: is broken as Parquet, from about row {self._row + 1} on") from None
+            raise Misconfigured(f"{self._where}: is broken as Parquet, from about row {self._row + 1} on") from None
         batch, self._batch = self._batch.slice(0, limit), self._batch.slice(limit)
         first = self._row
         self._row += batch.num_rows

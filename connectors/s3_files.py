@@ -16,13 +16,14 @@ import tempfile
 from typing import Any, BinaryIO, cast
 
 from inferbus.connectors.aws import TROUBLE, Loop, code_of, complaint, ended
-from inferbus.connectors.base import Bell, Fatal, Unavailable
+from inferbus.connectors.base import Bell, Misconfigured, Unavailable
 from inferbus.connectors.job import Found
 from inferbus.connectors.request_rows import BUFFER
 from inferbus.connectors.s3 import BACKOFF, connected
 
 RANGE = 8 * 2**20  # bytes asked for at once
 RANGES_AT_ONCE = 4
+NO_ROOM = 1.0  # seconds until another look whether a temporary file can be made
 
 _GONE = {"PreconditionFailed", "412", "NoSuchKey", "404", "InvalidRange", "416"}
 
@@ -45,10 +46,10 @@ class Objects:
         self._region = region
         self._endpoint_url = endpoint_url
         self._loop = Loop()
-        self._fetches: dict[str, asyncio.Task[None]] = {}  # of the loop's thread
+        self._fetches: dict[str, asyncio.Task[BinaryIO]] = {}  # of the loop's thread
         self._asked: set[str] = set()  # on their way or here
         self._here: dict[str, BinaryIO] = {}
-        self._changed: str | None = None
+        self._failed: BaseException | None = None
         self._problem: str | None = None
         self._open = False
 
@@ -119,55 +120,69 @@ class Objects:
         content = self._here.pop(file.name, None)
         if content is not None:
             self._asked.discard(file.name)
-        elif self._changed is not None:
-            raise Fatal(self._changed)
+        elif self._failed is not None:
+            raise self._failed
         elif self._problem is not None:
             raise Unavailable(self._problem)
         return content
 
     def _begin(self, file: Found, start: int) -> None:
         task = self._fetches[file.name] = asyncio.ensure_future(self._fetch(file, start))
-        task.add_done_callback(lambda _: self._fetches.pop(file.name))
+        task.add_done_callback(lambda _: self._fetched(file, task))
 
-    async def _fetch(self, file: Found, start: int) -> None:
-        content = cast("BinaryIO", tempfile.TemporaryFile(buffering=BUFFER))  # noqa: SIM115 - whoever takes it closes it
+    def _fetched(self, file: Found, task: asyncio.Task[BinaryIO]) -> None:
+        del self._fetches[file.name]
+        if task.cancelled():
+            return
+        self._failed = self._failed or task.exception()
+        if task.exception() is None:
+            self._here[file.name] = task.result()
+        self._bell.ring()
+
+    async def _fetch(self, file: Found, start: int) -> BinaryIO:
+        while (content := self._temporary()) is None:  # noqa: ASYNC110 - nobody tells when there is room
+            await asyncio.sleep(NO_ROOM)
         starts = range(start // RANGE * RANGE, file.size, RANGE)  # what lies before is a hole that takes no room
         tasks = [asyncio.ensure_future(self._range(content, file, begin)) for begin in starts]
         try:
             await asyncio.gather(*tasks)
-        except BaseException as error:
-            content.close()
-            if isinstance(error, Fatal):
-                self._changed = str(error)
-                return
-            raise
-        else:
-            self._here[file.name] = content
-        finally:
+        except BaseException:
             await ended(set(tasks))
-            self._bell.ring()
+            content.close()
+            raise
+        return content
+
+    def _temporary(self) -> BinaryIO | None:
+        try:
+            return cast("BinaryIO", tempfile.TemporaryFile(buffering=BUFFER))  # whoever takes it closes it
+        except OSError as error:
+            self._no_room(error)
+            return None
+
+    def _no_room(self, error: OSError) -> None:
+        self._problem = f"{tempfile.gettempdir()}: cannot be written: {error.strerror}"
 
     async def _range(self, content: BinaryIO, file: Found, begin: int) -> None:
         pause, longest = BACKOFF
         async with self._slots:
-            while not await self._fetched(content, file, begin):
+            while not await self._stored(content, file, begin):
                 await asyncio.sleep(pause)
                 pause = min(longest, 2 * pause)
 
-    async def _fetched(self, content: BinaryIO, file: Found, begin: int) -> bool:
+    async def _stored(self, content: BinaryIO, file: Found, begin: int) -> bool:
         """Whether a range is here now; the place's trouble says why not."""
         try:
             part = await self._get(file, begin, min(begin + RANGE, file.size))
         except TROUBLE as error:
             if code_of(error) in _GONE:
                 where = self.where(file.name)
-                raise Fatal(f"{where}: has changed, or is gone, since the job began; begin it anew") from None
+                raise Misconfigured(f"{where}: has changed, or is gone, since the job began; begin it anew") from None
             self._problem = str(self._complaint(error, "s3:GetObject"))
             return False
         try:
             os.pwrite(content.fileno(), part, begin)
         except OSError as error:
-            self._problem = f"{tempfile.gettempdir()}: cannot be written: {error.strerror}"
+            self._no_room(error)
             return False
         self._problem = None
         return True

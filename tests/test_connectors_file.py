@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -20,6 +21,7 @@ from inferbus.connectors.base import Bell, Message, Misconfigured, Unavailable
 from inferbus.connectors.file import Files, Folder
 from inferbus.connectors.job import JobSource
 from inferbus.connectors.request_rows import JsonLines
+from inferbus.worker.cli import main
 from inferbus.worker.supervisor import COMMAND
 from tests import tiny_models
 from tests.connector_contract import no_drain
@@ -273,3 +275,40 @@ def test_a_job_has_one_worker(job: Job) -> None:
     worker = job.start("--workers", "2")
     assert worker.communicate(timeout=60)[0].endswith(b"--workers: one worker reads the files of a job; expected 1\n")
     assert worker.returncode == 1
+
+
+# Jobs on tables
+
+
+@pytest.fixture
+def tables(job: Job) -> Job:
+    """The same job on a folder of tables, and one table there."""
+    (job.folder / "in").mkdir()
+    text = (job.folder / "job.yaml").read_text()
+    (job.folder / "job.yaml").write_text(text.replace("{path: in.jsonl}", "{path: in, format: parquet}"))
+    pq.write_table(pa.table({"x": [[float(i), 0.5, 0.0] for i in range(10)]}), job.folder / "in/a.parquet")
+    return job
+
+
+def test_a_job_on_tables_that_cannot_go_on_keeps_what_is_done_and_says_what_to_mend(tables: Job) -> None:
+    (tables.folder / "in/b.parquet").write_bytes(b"no table")
+    worker = tables.start()
+    said = worker.communicate(timeout=60)[0].decode()
+    assert worker.returncode == 1
+    assert "file:in/b.parquet: cannot be read as Parquet; expected a whole file of that format" in said
+    pq.write_table(pa.table({"x": [[7.0, 0.5, 0.0]]}), tables.folder / "in/b.parquet")
+    tables.finish()
+    ids = [row["id"] for row in tables.rows("out")]
+    assert ids == [*(f"a.parquet-{i}" for i in range(10)), "b.parquet-0"]
+
+
+def test_the_format_of_requests_is_that_of_answers_alone(tables: Job) -> None:
+    assert main(["check", str(tables.folder / "job.yaml"), "--set", "requests.format=raw", "--connect"]) == 0
+    tables.finish("--set", "requests.format=json")
+    assert [row["y"] for row in tables.rows("out")] == [[2.0 * i, 1.0, 0.0] for i in range(10)]
+
+
+def test_nothing_is_sent_to_a_job(tables: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = lines(tables.folder / "more.jsonl", b"{}")
+    assert main(["send", str(tables.folder / "job.yaml"), "--file", str(rows)]) == 1
+    assert "requests of a job are the rows of its files; add them there" in capsys.readouterr().err

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inferbus.connectors.base import Bell, Fatal, Headers, Message, Misconfigured, Sink, Source, Unavailable
+from inferbus.connectors.base import Bell, Headers, Message, Misconfigured, Sink, Source, Unavailable
 from inferbus.connectors.file import Files, Folder
 from inferbus.connectors.job import JobSource
-from inferbus.connectors.request_rows import Chunk, Format, JsonLines, Known, Parquet, Rows
+from inferbus.connectors.request_rows import SUFFIXES, Chunk, Format, JsonLines, Known, Parquet, Rows
 from inferbus.connectors.s3_files import RANGE, Objects
 from tests.connector_contract import PATIENCE, ConnectorContract, Place, Seen, no_drain, opened, receive, settle
 from tests.servers import S3, Toxiproxy
@@ -223,7 +223,7 @@ class BucketPlace(JobPlace):
 
     def publish(self, body: bytes, key: bytes | None = None, headers: Headers = ()) -> None:
         content = table(body, key, headers) if isinstance(self._form, Parquet) else body + b"\n"
-        self.put(f"in/{self._count:03}{self._form.suffixes[0]}", content)
+        self.put(f"in/{self._count:03}{SUFFIXES[self._form.name][0]}", content)
         self._count += 1
 
     def put(self, key: str, content: bytes) -> None:
@@ -315,7 +315,7 @@ def test_a_gzipped_file_that_is_cut_off_ends_the_job_with_its_name(tmp_path: Pat
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(b"1\n" * 1000)[:-9])
     with (
         closing(begun(tmp_path / "in.jsonl.gz", JsonLines(), tmp_path / "p")) as source,
-        pytest.raises(Fatal, match=r"^file:in.jsonl.gz: is not whole as gzip, from about row 1 on$"),
+        pytest.raises(Misconfigured, match=r"^file:in.jsonl.gz: is not whole as gzip, from about row 1 on$"),
     ):
         rest(source, 10_000)
 
@@ -412,13 +412,15 @@ def test_an_object_that_changes_while_the_job_runs_ends_it(bucket: BucketPlace) 
     bucket.put("in/a.jsonl", b"1\n2\n")
     with opened(bucket.source()) as source:
         bucket.put("in/a.jsonl", b"3\n4\n")
-        with pytest.raises(Fatal, match=r"a.jsonl: has changed, or is gone, since the job began; begin it anew$"):
+        with pytest.raises(
+            Misconfigured, match=r"a.jsonl: has changed, or is gone, since the job began; begin it anew$"
+        ):
             until(lambda: bool(source.receive(1)))
 
 
 @pytest.mark.broker
 def test_a_bucket_or_a_prefix_with_nothing_says_so(bucket: BucketPlace, s3: S3) -> None:
-    with pytest.raises(Misconfigured, match=rf"^s3:{bucket.bucket}/in: no file there ends in .jsonl, "):
+    with pytest.raises(Misconfigured, match=rf"^s3:{bucket.bucket}/in/: no file there ends in .jsonl, "):
         bucket.source().open(Bell(), no_drain)
     gone = Objects("no-such-one", region=s3.region, endpoint_url=s3.url)
     with pytest.raises(Unavailable, match=r'^s3: bucket "no-such-one" does not exist; correct the name$'):
@@ -446,3 +448,16 @@ def test_a_bucket_that_is_away_for_a_while_costs_nothing_but_time(
             assert not source.ended()
         assert [m.body for m in rest(source)] == [b"a", b"b", b"c"]
         assert source.healthy() is None
+
+
+@pytest.mark.broker
+def test_objects_wait_until_there_is_room_for_them(bucket: BucketPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.put("in/a.jsonl", b"1\n")
+    with opened(bucket.source()) as source, monkeypatch.context() as full:
+        full.setattr("tempfile.tempdir", str(bucket.folder / "nowhere"))
+        assert source.receive(1) == []
+        until(lambda: source.healthy() is not None)
+        assert source.healthy() == f"{bucket.folder}/nowhere: cannot be written: No such file or directory"
+        full.undo()
+        assert isinstance(source, JobSource)
+        assert [m.body for m in rest(source)] == [b"1"]

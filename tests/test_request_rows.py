@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from inferbus.connectors.base import Bell, Fatal, Message, Misconfigured, Unreadable
+from inferbus.connectors.base import Bell, Message, Misconfigured, Unreadable
 from inferbus.connectors.file import Files
 from inferbus.connectors.job import JobSource
 from inferbus.connectors.request_rows import Known, Parquet
@@ -178,7 +178,7 @@ def test_a_later_file_with_other_columns_ends_the_job(tmp_path: Path) -> None:
     source = JobSource(Files(tmp_path), Parquet(), tmp_path / "p")
     source.open(Bell(), no_drain)
     assert len(source.receive(10)) == 1
-    with pytest.raises(Fatal, match=r'b.parquet: column "x" is date32'):
+    with pytest.raises(Misconfigured, match=r'b.parquet: column "x" is date32'):
         source.receive(10)
     source.close()
 
@@ -191,7 +191,7 @@ def test_a_table_that_is_broken_inside_ends_the_job(tmp_path: Path) -> None:
     path.write_bytes(content)
     source = JobSource(Files(path), Parquet(), tmp_path / "p")
     source.open(Bell(), no_drain)
-    with pytest.raises(Fatal, match=r"^file:in.parquet: is broken as Parquet, from about row 1 on$"):
+    with pytest.raises(Misconfigured, match=r"^file:in.parquet: is broken as Parquet, from about row 1 on$"):
         source.receive(10)
     source.close()
 

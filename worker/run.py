@@ -168,7 +168,9 @@ def serve(settings: PipelineSettings, pipeline: Pipeline, watch: Watch, metrics:
         pipeline.close(0.0 if watch.released else 1.0)
     totals = metrics.totals()
     log.info("stopped", received=totals.received, ok=totals.ok, errors=totals.errors)
-    return BUG if pipeline.fatal else watch.code
+    if pipeline.fatal:
+        return WRONG_INPUT if pipeline.misread else BUG
+    return watch.code
 
 
 def drain(budget: float, pipeline: Pipeline, watch: Watch) -> None:
