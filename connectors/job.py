@@ -134,6 +134,7 @@ class JobSource:
         self._clock = clock
         self._parts: list[Part] = []
         self._unread: deque[Part] = deque()
+        self._active: dict[Part, None] = {}  # those in flight, of perhaps thousands
         self._rows: Rows | None = None  # of the first that is unread
         self._saved: Progress = {}
         self._save_at = 0.0
@@ -268,6 +269,7 @@ class JobSource:
         part.row += chunk.count
         part.known.append(chunk.end)
         part.gaps.receive(chunk.rows, 0)
+        self._active[part] = None
         self._held += sum(map(len, chunk.bodies))
         name = part.file.name
         ids: Sequence[str] = [f"{name}-{row}" for row in chunk.rows]
@@ -302,7 +304,7 @@ class JobSource:
 
     def inflight(self) -> tuple[int, int]:
         """Rows read and not saved as done, and the bytes of those that are not settled."""
-        return sum(part.gaps.inflight_messages for part in self._parts), self._held
+        return sum(part.gaps.inflight_messages for part in self._active), self._held
 
     def tick(self, now: float) -> float:
         """Save progress that was made."""
@@ -313,7 +315,7 @@ class JobSource:
         return self._save_at if self._save_at > now else now + 1.0
 
     def _moved(self) -> list[tuple[Part, int]]:
-        return [(part, position) for part in self._parts if (position := part.gaps.unconfirmed()) is not None]
+        return [(part, position) for part in self._active if (position := part.gaps.unconfirmed()) is not None]
 
     def _places(self, moved: Sequence[tuple[Part, int]]) -> Progress:
         """What the progress file will say."""
@@ -340,6 +342,8 @@ class JobSource:
         self._problem, self._saved = None, answer
         for part, position in moved:
             part.gaps.confirm(position)
+            if not part.gaps.inflight_messages:
+                self._active.pop(part, None)
 
     # For stores
 

@@ -14,6 +14,7 @@ import binascii
 import gzip
 import io
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
@@ -236,7 +237,7 @@ class Parquet:
         """See `Format`: its columns are such as JSON has."""
         footer = tail(FOOTER)
         length = 8 + int.from_bytes(footer[-8:-4], "little")
-        if length > len(footer):
+        if length > len(footer) and footer.endswith(b"PAR1"):  # else the length is none
             footer = tail(length)
         _layout(where, _opened(where, io.BytesIO(footer)).schema_arrow, self._columns)
 
@@ -274,7 +275,7 @@ def _layout(where: str, schema: Any, columns: Sequence[str] | None) -> _Layout:
         Misconfigured: One is missing, twice there, or of a type that is no input.
     """
     names: Sequence[str] = schema.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise Misconfigured(f"{where}: column {_quoted(twice[:1])} is there twice; expected names that differ")
     own = [name for name in _OWN if name in names and name not in (columns or ())]
     inputs = [name for name in names if name not in own] if columns is None else list(columns)

@@ -172,6 +172,18 @@ def test_a_column_that_is_not_there_or_a_file_that_is_no_table_is_named(tmp_path
             source.open(Bell(), no_drain)
 
 
+def test_a_description_longer_than_the_first_look_at_it_is_read_whole(tmp_path: Path) -> None:
+    pq.write_table(pa.table({f"column-{i}": [i] for i in range(2000)}), tmp_path / "in.parquet")
+    (message,) = received(tmp_path, pq.read_table(tmp_path / "in.parquet"))
+    assert orjson.loads(message.body) == {f"column-{i}": i for i in range(2000)}
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
+    with pytest.raises(Misconfigured, match=r'^t.parquet: column "x" is there twice; expected names that differ$'):
+        bodies(twice)
+
+
 def test_a_later_file_with_other_columns_ends_the_job(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"x": pa.array([0], pa.date32())}), tmp_path / "b.parquet")
