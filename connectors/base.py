@@ -258,6 +258,7 @@ class Source(Protocol):
         Raises:
             Unavailable: The bus is away; nothing is lost, ask again later.
             Fatal: This client cannot go on.
+            Misconfigured: What is there is not what the settings say, as seen only now: the user's to mend.
         """
 
     def settle(self, messages: Sequence[Message]) -> None:

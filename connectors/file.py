@@ -1,9 +1,6 @@
-"""Files: requests from JSON lines, for bounded jobs, and objects into a folder.
+"""Files on this machine: those of a job, to be read, and objects into a folder.
 
-A file is a stream with an order: its lines are numbered from 0, and how far they are settled is kept in a progress
-file, which is to a job what the committed offsets are to a consumer group. A job that was killed begins again there.
-
-Invariant: progress is written only for lines whose outcomes are durable, and never moves back.
+Invariant: a file that was written is whole, under its name, or not there.
 """
 
 from __future__ import annotations
@@ -13,314 +10,94 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import groupby, islice, repeat
-from operator import itemgetter
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import orjson
+from inferbus.connectors.base import Bell, Misconfigured, Unavailable
+from inferbus.connectors.job import Found, written_whole
+from inferbus.connectors.request_rows import BUFFER
 
-from inferbus.connectors.base import Bell, Message, Misconfigured, Unavailable
-from inferbus.connectors.gaps import Gaps
-from inferbus.connectors.threads import Clerk
-
-SAVE_EVERY = 0.1  # seconds between two writings of the progress file
-PATTERNS = ("*.jsonl", "*.ndjson")
 BACKOFF = (0.1, 10.0)  # seconds between tries, the first and the longest
 
-# A receipt of this source is (Part, line number).
-PART: Callable[[Any], Part] = itemgetter(0)
-LINE: Callable[[Any], int] = itemgetter(1)
 
-
-class Part:
-    """One file of the job, and how far it is settled."""
-
-    __slots__ = ("ends", "gaps", "line", "name", "path", "size", "start")
-
-    def __init__(self, path: Path, name: str, line: int, start: int) -> None:
-        self.path = path
-        self.name = name
-        self.line = line  # the next to be read
-        self.start = start  # its place in the file, in bytes
-        self.size = path.stat().st_size
-        self.gaps = Gaps()
-        self.ends = deque([(line, start)])  # (line, byte) where a chunk ended: from there a line is soon found
-
-
-class FileSource:
-    """The lines of a file, or of all the files in a folder, one request each; once.
+class Files:
+    """A `Place` on this machine: one file, or those in a folder and in the folders inside.
 
     Args:
-        path: A file, or a folder of `.jsonl` files, which are read in the order of their names.
-        progress: The progress file; made where it is not, its folder must exist.
-        max_inflight: The pipeline's cap in messages.
-        max_inflight_bytes: The pipeline's cap in bytes.
-        clock: Monotonic seconds.
+        path: The file or the folder.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        progress: Path,
-        *,
-        max_inflight: int = 8192,  # noqa: ARG002 - nothing is read ahead: a file waits
-        max_inflight_bytes: int = 2**28,  # noqa: ARG002
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, path: Path) -> None:
         self.name = f"file:{path.name}"  # not where it lies: it is in every error record
         self._path = path
-        self._progress = progress
-        self._clock = clock
-        self._parts: list[Part] = []
-        self._unread: deque[Part] = deque()
-        self._file: BinaryIO | None = None
-        self._saved: dict[str, list[int]] = {}
-        self._save_at = 0.0
-        self._problem: str | None = None
-        self._closed = False
-        self._read = [0, 0]  # lines and bytes of this run, for the size of a line
-        self._held = 0  # bytes
+        self._folder = path.parent
 
-    def open(self, bell: Bell, drain: Callable[[Callable[[], bool], float], None]) -> None:  # noqa: ARG002 - never revoked
-        """Find the files, and where the last run of this job has come to.
+    def open(self, bell: Bell) -> list[Found]:  # noqa: ARG002 - whatever is there is there already
+        """See `Place`.
 
         Raises:
-            Misconfigured: There is no such file, no line to read, or the progress file is not ours.
+            Misconfigured: There is no such file or folder.
+            Unavailable: It may not be read.
         """
-        files = self._files()
-        self._saved = self._load()
-        for path in files:
-            name = path.name if self._path.is_dir() else self._path.name
-            line, start = self._saved.get(name, [0, 0])
-            if start > path.stat().st_size:
-                raise Misconfigured(
-                    f"{path}: is shorter than {self._progress} says was read of it; delete that to begin anew"
-                )
-            self._parts.append(Part(path, name, line, start))
-        self._unread = deque(self._parts)
-        self._clerk = Clerk(bell)
-
-    def _files(self) -> list[Path]:
-        if self._path.is_dir():
-            files = sorted({file for pattern in PATTERNS for file in self._path.glob(pattern)})
-            if not files:
-                raise Misconfigured(f"{self._path}: no file in it is called {' or '.join(PATTERNS)}")
-            return files
-        if not self._path.is_file():
-            raise Misconfigured(f"{self._path}: there is no such file")
-        return [self._path]
-
-    def _load(self) -> dict[str, list[int]]:
         try:
-            saved = orjson.loads(self._progress.read_bytes())
-            return {str(name): [int(line), int(start)] for name, (line, start) in saved["lines"].items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            raise Misconfigured(
-                f"{self._progress}: cannot be read as the progress of a job; delete it to begin anew"
-            ) from None
-
-    def receive(self, limit: int) -> list[Message]:
-        """The next lines, blank ones left out; those that were added to a file meanwhile, too."""
-        self._unread = self._unread or self._grown()
-        while self._unread:
-            part = self._unread[0]
-            lines = self._lines(part, limit)
-            if not lines:
-                self._close_file()
-                self._unread.popleft()
-                continue
-            if messages := self._messages(part, lines):
-                return messages
-        return []
-
-    def _grown(self) -> deque[Part]:
-        """Files with more in them than was read."""
-        for part in self._parts:
-            part.size = part.path.stat().st_size
-        return deque(part for part in self._parts if part.size > part.start)
-
-    def _lines(self, part: Part, limit: int) -> list[bytes]:
-        try:
-            if self._file is None:
-                self._file = part.path.open("rb", buffering=2**20)
-                self._file.seek(part.start)
-            return list(islice(self._file, limit))
+            if self._path.is_dir():
+                self._folder = self._path
+                return sorted(self._found(file) for file in self._walked())
+            if self._path.is_file():
+                return [self._found(self._path)._replace(chosen=True)]
         except OSError as error:
-            self._close_file()
-            raise Unavailable(f"{part.path}: cannot be read: {error.strerror}") from None
+            raise Unavailable(f"{self._path}: cannot be read: {error.strerror}") from None
+        raise Misconfigured(f"{self._path}: there is no such file")
 
-    def _messages(self, part: Part, lines: list[bytes]) -> list[Message]:
-        first = part.line
-        part.line += len(lines)
-        part.start += sum(map(len, lines))
-        self._read = [self._read[0] + len(lines), self._read[1] + sum(map(len, lines))]
-        part.ends.append((part.line, part.start))
-        bodies = list(map(bytes.strip, lines))
-        numbers: Sequence[int] = range(first, part.line)
-        if not all(bodies):
-            numbers = [number for number, body in zip(numbers, bodies, strict=True) if body]
-            bodies = list(filter(None, bodies))
-        part.gaps.receive(numbers, 0)
-        self._held += sum(map(len, bodies))
-        ids = [f"{part.name}-{number}" for number in numbers]
-        receipts = zip(repeat(part), numbers)
-        return list(map(Message, ids, repeat(None), bodies, repeat(()), repeat(None), repeat(1), receipts))
+    def _walked(self) -> list[Path]:
+        files: list[Path] = []
+        for folder, inside, names in os.walk(self._path):
+            inside[:] = [name for name in inside if name[0] not in "._"]
+            files += [path for name in names if name[0] not in "._" and (path := Path(folder, name)).is_file()]
+        return files
 
-    def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _found(self, path: Path) -> Found:
+        name, size = path.relative_to(self._folder).as_posix(), path.stat().st_size
+        # Lines are added at the end of a file; packed ones and tables are written at once.
+        return Found(name, size, f"{size} bytes" if name.endswith((".gz", ".parquet")) else None)
 
-    def settle(self, messages: Sequence[Message]) -> None:
-        """Mark as done; saved within a moment."""
-        for part, run in groupby([m.receipt for m in messages], PART):
-            part.gaps.settle(map(LINE, run))
-        self._held -= _bytes(messages)
-
-    def release(self, messages: Sequence[Message]) -> None:
-        """Nothing to tell: a line that is not saved comes again to the next run."""
-
-    def inflight(self) -> tuple[int, int]:
-        """Lines read and not saved as done, and the bytes of those that are not settled."""
-        return sum(part.gaps.inflight_messages for part in self._parts), self._held
-
-    def tick(self, now: float) -> float:
-        """Save progress that was made."""
-        self._clerk.tick()
-        if now >= self._save_at and not self._clerk.busy:
-            moved = [(part, position) for part in self._parts if (position := part.gaps.unconfirmed()) is not None]
-            if moved:
-                self._save_at = now + SAVE_EVERY
-                self._clerk.ask(partial(self._save, self._places(moved)), partial(self._saved_at, moved))
-        return self._save_at if self._save_at > now else now + 1.0
-
-    def _places(self, moved: Sequence[tuple[Part, int]]) -> dict[str, list[int]]:
-        """What the progress file will say: a line, and a byte from which to count lines up to it."""
-        places = dict(self._saved)
-        for part, position in moved:
-            while len(part.ends) > 1 and part.ends[1][0] <= position:
-                part.ends.popleft()
-            places[part.name] = self._at(part, position, *part.ends[0])
-        return places
-
-    def _at(self, part: Part, position: int, line: int, start: int) -> list[int]:
-        """The byte at which a line begins, found from a line before it."""
-        if position >= part.line:
-            return [part.line, part.start]
-        with part.path.open("rb") as file:
-            file.seek(start)
-            start += sum(map(len, islice(file, position - line)))
-        return [position, start]
-
-    def _save(self, places: dict[str, list[int]]) -> dict[str, list[int]] | str:
-        """On the clerk's thread: what is saved now, or why it is not."""
+    def tail(self, file: Found, size: int) -> bytes:
+        """See `Place`."""
         try:
-            written_whole(self._progress, orjson.dumps({"lines": places}))
+            with self._at(file.name).open("rb") as content:
+                content.seek(-min(size, file.size), os.SEEK_END)
+                return content.read()
         except OSError as error:
-            return f"{self._progress}: cannot be written: {error.strerror}"
-        return places
+            raise Unavailable(f"{self._at(file.name)}: cannot be read: {error.strerror}") from None
 
-    def _saved_at(self, moved: Sequence[tuple[Part, int]], answer: dict[str, list[int]] | str) -> None:
-        if isinstance(answer, str):
-            self._problem = answer
-            self._save_at = self._clock() + BACKOFF[1] / 10
-            return
-        self._problem, self._saved = None, answer
-        for part, position in moved:
-            part.gaps.confirm(position)
+    def ahead(self, file: Found, start: int) -> None:
+        """See `Place`: it is here."""
 
-    # For stores
+    def take(self, file: Found, start: int) -> BinaryIO:  # noqa: ARG002 - all of it is here
+        """See `Place`."""
+        return self._at(file.name).open("rb", buffering=BUFFER)
 
-    def forget_bodies(self, messages: Sequence[Message]) -> None:
-        """Keep only the receipts."""
-        self._held -= _bytes(messages)
-        for m in messages:
-            m.body = b""
+    def size(self, file: Found) -> int:
+        """See `Place`; of one that is not there any more, as it was."""
+        try:
+            return self._at(file.name).stat().st_size
+        except OSError:
+            return file.size
 
-    def stream(self, message: Message) -> Part:
-        """Its file."""
-        return PART(message.receipt)
+    def _at(self, name: str) -> Path:
+        return self._folder / name
 
-    def run(self, messages: list[Message]) -> tuple[str, list[Message]] | None:
-        """`file-jsonl/line`, where the job would begin again now, and the run from there."""
-        part = PART(messages[0].receipt)
-        if part.gaps.unconfirmed() is not None:
-            return None
-        # Its suffix too, for `a.jsonl` and `a.ndjson` are two; but a folder is not to be taken for a file of that kind.
-        folder = f"{part.path.stem}-{part.path.suffix[1:]}".rstrip("-")
-        name = f"{folder}/{part.gaps.position or 0:012}"
-        return name, part.gaps.run([LINE(m.receipt) for m in messages], messages)
+    def where(self, name: str) -> str:
+        """See `Place`: `file:name`, in a folder `file:folder/name`."""
+        return f"{self.name}/{name}" if self._folder == self._path else self.name
 
-    # Asked by others
-
-    def rest(self) -> None:
-        """Whatever there is is there already."""
-
-    def ended(self) -> bool:
-        """Every line has been received."""
-        return not self._grown()
-
-    def lag(self) -> int | None:
-        """Lines left, by the size of those read; None before the first."""
-        lines, size = self._read
-        left = sum(part.size - part.start for part in self._parts)
-        return round(left * lines / size) if size else None if left else 0
-
-    def exhausted(self) -> bool:
-        """Every line has been received."""
-        return self.ended()
-
-    def void(self, message: Message) -> bool:  # noqa: ARG002 - nobody takes lines away
-        """Never, until it is closed."""
-        return self._closed
-
-    def locate(self, message: Message) -> str:
-        """`file:name/line`, counted from 1 as editors do; in a folder `file:folder/name/line`."""
-        inside = f"/{PART(message.receipt).name}" if self._path.is_dir() else ""
-        return f"{self.name}{inside}/{LINE(message.receipt) + 1}"
-
-    def healthy(self) -> str | None:
-        """Why progress cannot be saved."""
-        return self._problem
+    def healthy(self) -> None:
+        """See `Place`: a file that cannot be read is told of when it is taken."""
 
     def close(self) -> None:
-        """Save what is settled."""
-        if self._parts and not self._closed:
-            self._closed = True
-            self._close_file()
-            until = self._clock() + BACKOFF[1]
-            while self._clerk.busy and self._clock() < until:
-                self._clerk.tick()
-                time.sleep(0.001)
-            moved = [(part, position) for part in self._parts if (position := part.gaps.unconfirmed()) is not None]
-            if moved:
-                self._saved_at(moved, self._save(self._places(moved)))
-            self._clerk.close()
-
-
-def _bytes(messages: Sequence[Message]) -> int:
-    return sum([len(m.body) for m in messages])
-
-
-def written_whole(path: Path, content: bytes) -> None:
-    """Write a file so that whoever looks, even after a crash, sees the old content or the new, and nothing else."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        """See `Place`: nothing is held."""
 
 
 class Folder:

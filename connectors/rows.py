@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import gzip
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -49,7 +49,7 @@ def form(format: Format, *, compressed: bool) -> Form:  # noqa: A002 - as the se
         Misconfigured: pyarrow, which writes Parquet, is not installed.
     """
     if format == "parquet":
-        _pyarrow()
+        pyarrow()
         return Form(".parquet", parquet)
     return Form(".jsonl.gz", lambda records: gzip.compress(jsonl(records), 5)) if compressed else Form(".jsonl", jsonl)
 
@@ -81,7 +81,7 @@ def _prediction_lines(records: Records, columns: Columns) -> Iterator[bytes]:
     shared = {"status": "ok", "model": columns.model, "version": columns.version, "time": moment}
     # Requests of one batch mostly share one list of headers.
     told = {id(headers): orjson.dumps(_headers(headers)) for headers in {id(h): h for h in records.headers}.values()}
-    ids = _json_texts([m.id for m in records.messages])
+    ids = json_texts([m.id for m in records.messages])
     keys = [_key(key) for key in records.keys]
     headers = [told[id(own)] for own in records.headers]
     numbers: Iterable[bytes] = repeat(b',"row":0,')
@@ -106,7 +106,7 @@ def _key(key: bytes | None) -> bytes:
     return b'"key":null' if key is None else orjson.dumps(text(key, "key"))[1:-1]
 
 
-def _json_texts(strings: list[str]) -> list[bytes]:
+def json_texts(strings: Sequence[str | None]) -> list[bytes]:
     """Each string as JSON, written in one pass."""
     # A raw newline never stands inside a JSON string, so the indentation is a separator nobody can forge.
     return orjson.dumps(strings, option=orjson.OPT_INDENT_2)[4:-2].split(b",\n  ")
@@ -148,9 +148,11 @@ def _errors(records: Records) -> Iterator[dict[str, Any]]:
 # Parquet
 
 
-def _pyarrow() -> Any:
+def pyarrow() -> Any:
+    """The library; `Misconfigured` where it is not installed."""
     try:
-        import pyarrow.parquet  # noqa: PLC0415 - an extra, and slow to import
+        import pyarrow.compute  # noqa: PLC0415 - an extra, and slow to import
+        import pyarrow.parquet  # noqa: PLC0415
     except ModuleNotFoundError:
         raise Misconfigured("parquet: its library is not installed: pip install 'inferbus[parquet]'") from None
     return pyarrow
@@ -158,7 +160,7 @@ def _pyarrow() -> Any:
 
 def parquet(records: Records) -> bytes:
     """The records as one Parquet file, zstd inside."""
-    arrow = _pyarrow()
+    arrow = pyarrow()
     table = _error_table(records) if records.columns is None else _prediction_table(records, records.columns)
     sink = arrow.BufferOutputStream()
     arrow.parquet.write_table(table, sink, compression="zstd")
@@ -167,7 +169,7 @@ def parquet(records: Records) -> bytes:
 
 
 def _error_table(records: Records) -> pa.Table:
-    arrow = _pyarrow()
+    arrow = pyarrow()
     string = arrow.string()
     error = [("id", string), ("code", string), ("message", string), ("stage", string), ("source", string),
              ("attempts", arrow.int64()), ("model", string), ("time", arrow.float64())]  # fmt: skip
@@ -179,13 +181,13 @@ def _error_table(records: Records) -> pa.Table:
 
 
 def _header_type() -> pa.DataType:
-    arrow = _pyarrow()
+    arrow = pyarrow()
     string = arrow.string()
     return arrow.list_(arrow.struct([("name", string), ("value", string), ("value_encoding", string)]))
 
 
 def _prediction_table(records: Records, columns: Columns) -> pa.Table:
-    arrow = _pyarrow()
+    arrow = pyarrow()
     count = sum(columns.rows)
     which = np.repeat(np.arange(len(records)), columns.rows)
     keys = [text(key, "key") for key in records.keys]
@@ -211,7 +213,7 @@ def _prediction_table(records: Records, columns: Columns) -> pa.Table:
 
 def _nested(column: np.ndarray[Any, Any]) -> pa.Array:
     """An output as a column: its rows without the batch axis, lists of lists where they have dimensions."""
-    arrow = _pyarrow()
+    arrow = pyarrow()
     flat = column.reshape(-1)
     if column.dtype == object:
         as_text = all(isinstance(item, str) for item in flat)

@@ -24,6 +24,17 @@ BACKOFF = (0.1, 10.0)  # seconds between tries, the first and the longest
 MARK = "_inferbus"  # an object written at start, to see that it can be; readers of datasets pass over names with `_`
 
 
+async def connected(loop: Loop, region: str | None, endpoint_url: str | None, connections: int) -> Any:
+    """A client of S3; see `Loop.client`."""
+    options = {
+        # Trailing checksums are AWS's alone; others refuse them, and TLS guards the way.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        "s3": {"addressing_style": "path" if endpoint_url else "auto"},
+    }
+    return await loop.client("s3", region, endpoint_url, connections, **options)
+
+
 class Bucket:
     """A `Shelf` in a bucket.
 
@@ -64,15 +75,9 @@ class Bucket:
 
     async def _reach(self) -> Any:
         self._slots = asyncio.Semaphore(UPLOADS_AT_ONCE)
-        options = {
-            # Trailing checksums are AWS's alone; others refuse them, and TLS guards the way.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-            "s3": {"addressing_style": "path" if self._endpoint_url else "auto"},
-        }
         connections = UPLOADS_AT_ONCE * PARTS_AT_ONCE
         try:
-            client = await self._loop.client("s3", self._region, self._endpoint_url, connections, **options)
+            client = await connected(self._loop, self._region, self._endpoint_url, connections)
         except TROUBLE as error:
             raise self._complaint(error) from None
         try:

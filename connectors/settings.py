@@ -8,6 +8,7 @@ alone, and pydantic keeps what it was given out of its errors.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    PrivateAttr,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
@@ -179,6 +181,11 @@ def _local(value: object) -> object:
     return value
 
 
+def normalised(path: Path) -> Path:
+    """Whole, and without `..`, whether it is there or not."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - `absolute` keeps `..`, and `resolve` follows links
+
+
 FilePath = Annotated[Path, BeforeValidator(_local, json_schema_input_type=str), AfterValidator(_from_the_files_folder)]
 """A path; in the pipeline file it is relative to the file's own folder."""
 
@@ -214,6 +221,9 @@ class SourcePlace(Settings):
     most_unsettled: ClassVar[int | None] = None
     """Messages the bus itself hands out at most before some are settled."""
 
+    bounded: ClassVar[bool] = False
+    """It comes to an end by itself: a job."""
+
     def completed(self, pipeline: str) -> Self:  # noqa: ARG002 - most have nothing that defaults to it
         """With everything that defaults to the pipeline's name."""
         return self
@@ -229,6 +239,10 @@ class SourcePlace(Settings):
     def identity(self) -> Hashable:
         """Equal for settings that mean the same place, those of a sink included."""
         raise NotImplementedError
+
+    def covers(self, sink: SinkPlace) -> bool:  # noqa: ARG002 - a topic or a queue has no inside
+        """Whether what is written there is read from here by the next run."""
+        return False
 
     def label(self) -> str:
         """The place for people, such as `topic "digits.requests"`."""
@@ -432,6 +446,9 @@ class RabbitmqSinkSettings(SinkPlace):
 Endpoint = Annotated[Text, matching(r"https?://.+", "http:// or https:// and an address")]
 """Where a service that speaks AWS's protocol is, if not at AWS."""
 
+Bucket = Annotated[Text, matching(r"[A-Za-z0-9.:_/-]{3,255}", "the name of a bucket, or an ARN")]
+"""Where objects are."""
+
 SqsQueue = Annotated[
     str,
     matching(
@@ -503,10 +520,31 @@ class SqsSinkSettings(SinkPlace):
         return f"queue {self.queue.rpartition('/')[2]}"
 
 
-class FileSourceSettings(SourcePlace):
-    """The lines of files, read once: a bounded job."""
+class JobSourceSettings(SourcePlace):
+    """The rows of files, read once: a bounded job."""
 
-    path: FilePath = Field(description="A file with a request body a line, or a folder of such `.jsonl` files.")
+    bounded = True
+
+    format: Literal["jsonl", "parquet"] = Field(
+        default="jsonl",
+        description="jsonl: a request body a line, also in `.jsonl.gz`. parquet: a request a row, a column an input.",
+    )
+    columns: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Of Parquet, the columns that are inputs. Default: all but `id`, `key` and `headers`.",
+    )
+
+    @model_validator(mode="after")
+    def _lines_have_no_columns(self) -> Self:
+        if self.columns is not None and self.format != "parquet":
+            raise ValueError("`columns` are Parquet's; expected `format: parquet`, or no `columns`")
+        return self
+
+
+class FileSourceSettings(JobSourceSettings):
+    """Files on this machine."""
+
+    path: FilePath = Field(description="A file, or a folder: every file in it and in its folders, by name.")
     progress: FilePath | None = Field(
         default=None,
         description="Where the job notes how far it has come, and begins again. Default: `<path>.<name>.progress`.",
@@ -529,9 +567,62 @@ class FileSourceSettings(SourcePlace):
         """The path."""
         return "file", self.path.absolute()
 
+    def covers(self, sink: SinkPlace) -> bool:
+        """A folder inside."""
+        return isinstance(sink, FileSinkSettings) and normalised(sink.path).is_relative_to(normalised(self.path))
+
     def label(self) -> str:
         """The path."""
         return f"file {self.path}"
+
+
+class S3SourceSettings(JobSourceSettings):
+    """Objects in a bucket."""
+
+    bucket: Bucket = Field(description="The bucket.")
+    prefix: str = Field(default="", description="What the keys begin with, such as `requests/`; or one key.")
+    region: Text | None = Field(default=None, description="AWS region. Default: that of the environment.")
+    endpoint_url: Endpoint | None = Field(default=None, description="Where S3 is, if not at AWS: MinIO, Google.")
+    progress: FilePath | None = Field(
+        default=None,
+        description="Where, on this machine, the job notes how far it has come, and begins again. It must outlive the "
+        "worker. Default: `<name>.progress` beside this file.",
+    )
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _beside(self, info: ValidationInfo) -> Self:
+        self._folder = info.context["folder"] if info.context else Path()
+        return self
+
+    def completed(self, pipeline: str) -> Self:
+        """With the progress file beside the pipeline's."""
+        return self.model_copy(update={"progress": self.progress or self._folder / f"{pipeline}.progress"})
+
+    def errors(self, pipeline: str) -> S3SinkSettings:
+        """Prefix `<pipeline>.errors/` in the same bucket."""
+        return S3SinkSettings(bucket=self.bucket, prefix=f"{pipeline}.errors/")
+
+    def writing(self) -> S3SinkSettings:
+        """Never: nobody adds to the requests of a job."""
+        raise NotImplementedError
+
+    def identity(self) -> Hashable:
+        """Endpoint, bucket and prefix."""
+        return "s3", self.endpoint_url, self.bucket, self.prefix
+
+    def covers(self, sink: SinkPlace) -> bool:
+        """A prefix that begins with ours."""
+        return (
+            isinstance(sink, S3SinkSettings)
+            and (sink.endpoint_url, sink.bucket) == (self.endpoint_url, self.bucket)
+            and sink.prefix.startswith(self.prefix)
+        )
+
+    def label(self) -> str:
+        """Bucket and prefix."""
+        return f"s3://{self.bucket}/{self.prefix}"
 
 
 class StoreSettings(SinkPlace):
@@ -579,16 +670,16 @@ class FileSinkSettings(StoreSettings):
 class S3SinkSettings(StoreSettings):
     """Objects in a bucket, each a run of requests."""
 
-    bucket: Annotated[Text, matching(r"[A-Za-z0-9.:_/-]{3,255}", "the name of a bucket, or an ARN")] = Field(
-        description="The bucket. It must exist."
-    )
+    bucket: Bucket = Field(description="The bucket. It must exist.")
     prefix: str = Field(default="", description="What every key begins with, such as `predictions/`.")
-    region: Text | None = Field(default=None, description="AWS region. Default: that of the environment.")
-    endpoint_url: Endpoint | None = Field(default=None, description="Where S3 is, if not at AWS: MinIO, Google.")
+    region: Text | None = Field(default=None, description="AWS region. Default: the source's, else the environment's.")
+    endpoint_url: Endpoint | None = Field(
+        default=None, description="Where S3 is. Default: where the source's is, or AWS."
+    )
 
-    def completed(self, source: SourcePlace) -> Self:  # noqa: ARG002 - a bucket is where it is
-        """As it is."""
-        return self
+    def completed(self, source: SourcePlace) -> Self:
+        """With the source's region and endpoint."""
+        return self._after(source, ("region", "endpoint_url")) if isinstance(source, S3SourceSettings) else self
 
     def reading(self) -> None:
         """Rows are no requests."""

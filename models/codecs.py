@@ -5,7 +5,8 @@ The checks stand between predicting and encoding: an answer that passed them can
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from inferbus.models.base import (
     Array,
     Codec,
+    Decoded,
     InvalidModel,
     ModelInfo,
     Signature,
@@ -23,7 +25,8 @@ from inferbus.models.base import (
 from inferbus.models.codec_json import JsonCodec
 from inferbus.models.codec_raw import RawCodec
 from inferbus.models.codec_text import TextCodec
-from inferbus.models.codec_v2 import V2Codec
+from inferbus.models.codec_v2 import V2Answers, V2Codec
+from inferbus.models.columns import Headers
 
 _CODECS: dict[str, Callable[[Signature, ModelInfo, int], Codec]] = {
     "v2": V2Codec,
@@ -33,7 +36,29 @@ _CODECS: dict[str, Callable[[Signature, ModelInfo, int], Codec]] = {
 }
 
 
-def codec(format: str, signature: Signature, info: ModelInfo, *, max_message_bytes: int = 16 << 20) -> Codec:  # noqa: A002
+class _TableRows(NamedTuple):
+    """Rows of tables come as plain JSON, and are answered in V2 like everything that is not."""
+
+    requests: JsonCodec
+    answers: V2Answers
+
+    def decode(self, bodies: Sequence[bytes], headers: Sequence[Headers]) -> Decoded:
+        return self.requests.decode(bodies, headers)
+
+    def encode(
+        self, outputs: Tensors, rows: Sequence[int], asks: Sequence[object], ids: Sequence[str]
+    ) -> tuple[list[bytes], list[Headers]]:
+        return self.answers.encode(outputs, rows, asks, ids)
+
+
+def codec(
+    format: str,  # noqa: A002 - as the setting is called
+    signature: Signature,
+    info: ModelInfo,
+    *,
+    max_message_bytes: int = 16 << 20,
+    of_tables: bool = False,
+) -> Codec:
     """The codec for `requests.format`.
 
     Args:
@@ -42,12 +67,15 @@ def codec(format: str, signature: Signature, info: ModelInfo, *, max_message_byt
         info: How answers name the model.
         max_message_bytes: Of one request. In every format an element takes a byte at least, so no tensor may claim
             more elements than this; shapes that are large on paper only are refused before anything is allocated.
+        of_tables: Requests are rows of tables, and come as `json` does; the format is that of the answers.
 
     Raises:
         InvalidModel: There is no such format, or the model's inputs cannot come in it.
     """
     if format not in _CODECS:
         raise InvalidModel(f"requests.format is {format!r}, expected one of {', '.join(_CODECS)}")
+    if of_tables and format != "json":
+        return _TableRows(JsonCodec(signature, info, max_message_bytes), V2Answers(signature, info))
     return _CODECS[format](signature, info, max_message_bytes)
 
 

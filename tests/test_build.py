@@ -50,7 +50,7 @@ def test_a_wrong_batch_in_the_model_is_an_invalid_model_that_names_it(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "library", "extra"),
     [("kafka", "confluent_kafka", "kafka"), ("rabbitmq", "pika", "rabbitmq"), ("sqs", "aiobotocore", "aws"),
-     ("s3", "aiobotocore", "aws")],
+     ("s3", "aiobotocore", "aws"), ("s3_files", "aiobotocore", "aws")],
 )  # fmt: skip
 def test_a_library_that_is_missing_is_named_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, name: str, library: str, extra: str
@@ -61,3 +61,17 @@ def test_a_library_that_is_missing_is_named_with_what_installs_it(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(Misconfigured, match=rf"the client is not installed: pip install 'inferbus\[{extra}\]'"):
         build.client(name)
+
+
+def test_a_job_on_tables_names_the_library_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = pipeline(tmp_path, "{}")
+    to_tables = {"{kafka: {brokers: localhost, topic: in}}": "{file: {path: in, format: parquet}}",
+                 "{kafka: {topic: out}}": "{file: {path: out}}"}  # fmt: skip
+    for old, new in to_tables.items():
+        file.write_text(file.read_text().replace(old, new))
+    settings = load(file)
+    for loaded in [name for name in sys.modules if name.startswith("pyarrow.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(Misconfigured, match=r"its library is not installed: pip install 'inferbus\[parquet\]'$"):
+        build.source(settings, settings.source.place)

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inferbus.connectors.base import Bell, Headers, Message, Misconfigured, Sink, Source, Unavailable
-from inferbus.connectors.file import FileSource, Folder
+from inferbus.connectors.base import Bell, Message, Misconfigured, Unavailable
+from inferbus.connectors.file import Files, Folder
+from inferbus.connectors.job import JobSource
+from inferbus.connectors.request_rows import JsonLines
+from inferbus.worker.cli import main
 from inferbus.worker.supervisor import COMMAND
 from tests import tiny_models
-from tests.connector_contract import ConnectorContract, Place, Seen, no_drain, opened, receive
+from tests.connector_contract import no_drain
 
 SOAK = "INFERBUS_SOAK" in os.environ
 
@@ -29,93 +33,18 @@ def always() -> bool:
     return True
 
 
-class FilePlace(Place):
-    """Requests in a file, and a progress file for each group."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        lines(folder / "in.jsonl")
-
-    def publish(self, body: bytes, key: bytes | None = None, headers: Headers = ()) -> None:
-        assert not headers, "a line has no headers"
-        del key
-        with (self.folder / "in.jsonl").open("ab") as file:
-            file.write(body + b"\n")
-
-    def source(self, group: str = "g") -> FileSource:
-        return FileSource(self.folder / "in.jsonl", self.folder / group)
-
-    def sink(self) -> Sink:
-        raise NotImplementedError("a folder takes records by the object: see tests/test_objects.py")
-
-    def seen(self) -> list[Seen]:
-        raise NotImplementedError
-
-    def kill(self, source: Source) -> None:
-        """Nothing is saved: what was not saved was not done."""
-        assert isinstance(source, FileSource)
-        source._close_file()
-
-
-class TestFiles(ConnectorContract):
-    """A line is a body and nothing else, so some promises look different."""
-
-    @pytest.fixture
-    def place(self, tmp_path: Path) -> Place:
-        return FilePlace(tmp_path)
-
-    def test_ids_are_stable_across_deliveries_and_given_ids_win(self, place: Place) -> None:
-        place.publish(b"plain")
-        ids = []
-        for _ in range(2):
-            source = place.source()
-            source.open(Bell(), no_drain)
-            ids += [m.id for m in receive(source, 1)]
-            place.kill(source)
-        assert ids == ["in.jsonl-0", "in.jsonl-0"]
-
-    def test_keys_bodies_and_headers_come_byte_for_byte(self, place: Place) -> None:
-        body = bytes(byte for byte in range(256) if byte not in b"\n") + b"x"
-        place.publish(b"x" + body)
-        with opened(place.source()) as source:
-            (message,) = receive(source, 1)
-        assert (message.body, message.key, message.headers, message.attempts) == (b"x" + body, None, (), 1)
-
-    def test_a_write_is_durable_when_it_is_done_and_nothing_is_changed(self, place: Place) -> None:
-        assert isinstance(place, FilePlace)
-        folder, bell, done = Folder(place.folder / "out"), Bell(), []
-        folder.open(bell)
-        folder.put("a/b", lambda: bytes(range(256)), lambda: done.append(1), always)
-        until = time.monotonic() + 10.0
-        while not done and time.monotonic() < until:
-            bell.wait(0.1)
-            folder.tick()
-        assert (place.folder / "out/a/b").read_bytes() == bytes(range(256))
-        folder.close(1.0)
-
-    def test_opening_and_closing_twice_is_harmless(self, place: Place) -> None:
-        source, folder = place.source(), Folder(Path("out"))
-        source.open(Bell(), no_drain)
-        for _ in range(2):
-            source.close()
-            folder.close(0.1)
-        with opened(place.source()) as again:
-            place.publish(b"one")
-            assert [m.body for m in receive(again, 1)] == [b"one"]
-
-
 def lines(path: Path, *bodies: bytes) -> Path:
     path.write_bytes(b"".join(body + b"\n" for body in bodies))
     return path
 
 
-def begun(path: Path, progress: Path) -> FileSource:
-    source = FileSource(path, progress)
+def begun(path: Path, progress: Path) -> JobSource:
+    source = JobSource(Files(path), JsonLines(), progress)
     source.open(Bell(), no_drain)
     return source
 
 
-def rest(source: FileSource) -> list[Message]:
+def rest(source: JobSource) -> list[Message]:
     """All that is left."""
     messages: list[Message] = []
     while not source.ended():
@@ -123,7 +52,7 @@ def rest(source: FileSource) -> list[Message]:
     return messages
 
 
-def save(source: FileSource, messages: list[Message]) -> None:
+def save(source: JobSource, messages: list[Message]) -> None:
     """Settle, and wait until it is saved."""
     source.settle(messages)
     until = time.monotonic() + 10.0
@@ -163,7 +92,7 @@ def test_the_next_run_begins_where_this_one_was_settled(tmp_path: Path) -> None:
     messages = rest(source)
     save(source, messages[:4] + messages[5:7])
     assert source.inflight()[0] == 10 - 3  # chunks of three are freed whole
-    source._close_file()  # as in a crash: nothing is saved that was not
+    source._close_rows()  # as in a crash: nothing is saved that was not
     source = begun(path, progress)
     again = rest(source)
     assert [m.body for m in again] == [b"%d" % i for i in range(4, 10)]
@@ -196,10 +125,13 @@ def test_how_much_is_left_is_told_in_lines(tmp_path: Path) -> None:
     ("prepare", "why"),
     [
         (lambda _: None, "there is no such file"),
-        (lambda folder: (folder / "in").mkdir(), r"no file in it is called \*.jsonl or \*.ndjson"),
+        (
+            lambda folder: (folder / "in").mkdir(),
+            r"file:in: no file there ends in .jsonl, .ndjson, .jsonl.gz, .ndjson.gz$",
+        ),
         (lambda folder: (lines(folder / "in"), (folder / "p").write_text("{}")), "cannot be read as the progress"),
         (
-            lambda folder: (lines(folder / "in"), (folder / "p").write_text('{"lines": {"in": [3, 99]}}')),
+            lambda folder: (lines(folder / "in"), (folder / "p").write_text('{"rows": {"in": [3, 3, 99, null]}}')),
             "is shorter than .*/p says was read of it; delete that to begin anew",
         ),
     ],
@@ -343,3 +275,40 @@ def test_a_job_has_one_worker(job: Job) -> None:
     worker = job.start("--workers", "2")
     assert worker.communicate(timeout=60)[0].endswith(b"--workers: one worker reads the files of a job; expected 1\n")
     assert worker.returncode == 1
+
+
+# Jobs on tables
+
+
+@pytest.fixture
+def tables(job: Job) -> Job:
+    """The same job on a folder of tables, and one table there."""
+    (job.folder / "in").mkdir()
+    text = (job.folder / "job.yaml").read_text()
+    (job.folder / "job.yaml").write_text(text.replace("{path: in.jsonl}", "{path: in, format: parquet}"))
+    pq.write_table(pa.table({"x": [[float(i), 0.5, 0.0] for i in range(10)]}), job.folder / "in/a.parquet")
+    return job
+
+
+def test_a_job_on_tables_that_cannot_go_on_keeps_what_is_done_and_says_what_to_mend(tables: Job) -> None:
+    (tables.folder / "in/b.parquet").write_bytes(b"no table")
+    worker = tables.start()
+    said = worker.communicate(timeout=60)[0].decode()
+    assert worker.returncode == 1
+    assert "file:in/b.parquet: cannot be read as Parquet; expected a whole file of that format" in said
+    pq.write_table(pa.table({"x": [[7.0, 0.5, 0.0]]}), tables.folder / "in/b.parquet")
+    tables.finish()
+    ids = [row["id"] for row in tables.rows("out")]
+    assert ids == [*(f"a.parquet-{i}" for i in range(10)), "b.parquet-0"]
+
+
+def test_the_format_of_requests_is_that_of_answers_alone(tables: Job) -> None:
+    assert main(["check", str(tables.folder / "job.yaml"), "--set", "requests.format=raw", "--connect"]) == 0
+    tables.finish("--set", "requests.format=json")
+    assert [row["y"] for row in tables.rows("out")] == [[2.0 * i, 1.0, 0.0] for i in range(10)]
+
+
+def test_nothing_is_sent_to_a_job(tables: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = lines(tables.folder / "more.jsonl", b"{}")
+    assert main(["send", str(tables.folder / "job.yaml"), "--file", str(rows)]) == 1
+    assert "requests of a job are the rows of its files; add them there" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import uuid
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -185,6 +188,8 @@ class OnFiles(Bus):
     def outcomes(self) -> Iterator[tuple[str, Outcome]]:
         for path in [*self._folder.glob("out/**/*.jsonl"), *self._folder.glob("errors/**/*.jsonl")]:
             yield from map(row, map(orjson.loads, path.read_bytes().splitlines()))
+        for path in self._folder.glob("out/**/*.parquet"):
+            yield from map(row, pq.read_table(path).to_pylist())
 
 
 class OnS3(Bus):
@@ -193,18 +198,30 @@ class OnS3(Bus):
         self._bucket = s3.bucket()
 
     def source(self) -> dict[str, Any]:
-        raise NotImplementedError
+        return {"s3": {**self._place(), "prefix": "in/"}}
+
+    def _place(self) -> dict[str, Any]:
+        return {"bucket": self._bucket, "region": self._server.region, "endpoint_url": self._server.url}
 
     def publish(self, requests: Mapping[str, bytes]) -> None:
-        raise NotImplementedError
+        content = b"".join(body + b"\n" for body in requests.values())
+        self._server.client.put_object(Bucket=self._bucket, Key="in/in.jsonl", Body=content)
+
+    def put_table(self, content: bytes) -> None:
+        """A table in place of lines."""
+        self._server.client.put_object(Bucket=self._bucket, Key="in/in.parquet", Body=content)
 
     def sinks(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        place = {"bucket": self._bucket, "region": self._server.region, "endpoint_url": self._server.url}
-        return {"s3": {**place, "prefix": "out/"}}, {"s3": {**place, "prefix": "errors/"}}
+        return {"s3": {**self._place(), "prefix": "out/"}}, {"s3": {**self._place(), "prefix": "errors/"}}
 
     def outcomes(self) -> Iterator[tuple[str, Outcome]]:
-        for content in self._server.objects(self._bucket).values():
-            yield from map(row, map(orjson.loads, content.splitlines()))
+        for key, content in self._server.objects(self._bucket).items():
+            if key.startswith("in/"):
+                continue
+            if key.endswith(".parquet"):
+                yield from map(row, pq.read_table(io.BytesIO(content)).to_pylist())
+            else:
+                yield from map(row, map(orjson.loads, content.splitlines()))
 
 
 def body(x: float) -> bytes:
@@ -220,6 +237,7 @@ REQUESTS = {
 }
 SOURCES = ("kafka", "rabbitmq", "sqs", "file")
 SINKS = (*SOURCES, "s3")
+STORES = ("file", "s3")
 
 
 @pytest.fixture
@@ -241,23 +259,40 @@ def test_every_request_from_any_source_has_its_outcome_in_any_sink(
     on: Any, tmp_path: Path, source: str, sink: str
 ) -> None:
     requests, outcomes = on(source), on(sink)
-    predictions, errors = outcomes.sinks()
-    tiny_models.python_model(tmp_path)
-    pipeline = {"name": f"m-{uuid.uuid4().hex[:8]}", "model": "model.py", "batch": {"max_rows": 16},
-                "source": requests.source(), "sink": predictions, "errors": errors, "http": None}  # fmt: skip
-    (tmp_path / "p.yaml").write_text(yaml.safe_dump(pipeline))
     requests.publish(REQUESTS)
+    run(tmp_path, requests.source(), *outcomes.sinks())
+    check(list(outcomes.outcomes()), by_place=source == "file")
+
+
+def test_lines_of_an_object_become_rows_of_another(on: Any, tmp_path: Path) -> None:
+    bucket = on("s3")
+    bucket.publish(REQUESTS)
+    predictions, errors = bucket.sinks()
+    predictions["s3"]["format"] = "parquet"
+    run(tmp_path, bucket.source(), predictions, errors)
+    check(list(bucket.outcomes()), by_place=True)
+
+
+def run(folder: Path, source: dict[str, Any], predictions: dict[str, Any], errors: dict[str, Any]) -> None:
+    """Serve all there is."""
+    tiny_models.python_model(folder)
+    pipeline = {"name": f"m-{uuid.uuid4().hex[:8]}", "model": "model.py", "batch": {"max_rows": 16},
+                "source": source, "sink": predictions, "errors": errors, "http": None}  # fmt: skip
+    (folder / "p.yaml").write_text(yaml.safe_dump(pipeline))
     environ = {**os.environ, "AWS_ACCESS_KEY_ID": "inferbus", "AWS_SECRET_ACCESS_KEY": "inferbus"}
     worker = subprocess.run(  # noqa: S603 - our own command
         [*COMMAND, "run", "p.yaml", "--until-idle", "0.5"],
-        cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE, check=False,
+        cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert worker.returncode == 0, worker.stdout.decode()
-    found = list(outcomes.outcomes())
+
+
+def check(found: list[tuple[str, Outcome]], *, by_place: bool) -> None:
+    """Each of REQUESTS has its outcome, under its own id and key or under those of its line."""
     assert len(found) == len(REQUESTS)
-    by_place = dict(zip(REQUESTS, (f"in.jsonl-{i}" for i in range(len(REQUESTS))), strict=True))
-    ids = by_place if source == "file" else {name: name for name in REQUESTS}
-    keys = {name: None if source == "file" else name for name in REQUESTS}
+    lines = dict(zip(REQUESTS, (f"in.jsonl-{i}" for i in range(len(REQUESTS))), strict=True))
+    ids = lines if by_place else {name: name for name in REQUESTS}
+    keys = {name: None if by_place else name for name in REQUESTS}
     good = {ids[f"good-{i}"]: Outcome(keys[f"good-{i}"], [2.0 * i, 1.0, 0.0]) for i in range(60)}
     codes = {
         "poison": "model_error",
@@ -266,4 +301,44 @@ def test_every_request_from_any_source_has_its_outcome_in_any_sink(
         "nothing": "invalid_request",
     }
     bad = {ids[name]: Outcome(keys[name], code=code, body=REQUESTS[name].decode()) for name, code in codes.items()}
+    assert dict(found) == good | bad
+
+
+# Tables
+
+
+def asked(folder: Path) -> Path:
+    """A table of good rows, a poisonous one, and two that are no requests."""
+    values: list[list[float | None] | None] = [[float(i), 0.5, 0.0] for i in range(60)]
+    names = [f"good-{i}" for i in range(60)]
+    values += [[666.0, 0.5, 0.0], [0.0, None, 0.0], None]
+    names += ["poison", "a-hole", "nothing"]
+    x = pa.array(values, pa.list_(pa.float32()))
+    path = folder / "in.parquet"
+    pq.write_table(pa.table({"id": names, "key": names, "x": x, "unused": range(63)}), path, row_group_size=25)
+    return path
+
+
+@pytest.mark.parametrize(("source", "sink"), [(source, sink) for source in STORES for sink in ("kafka", *STORES)])
+def test_every_row_of_a_table_has_its_outcome(on: Any, tmp_path: Path, source: str, sink: str) -> None:
+    table = asked(tmp_path)
+    outcomes = on(sink)
+    place: dict[str, Any] = {"file": {"path": "in.parquet"}}
+    if source == "s3":
+        bucket = on("s3")
+        bucket.put_table(table.read_bytes())
+        place = bucket.source()
+    place[source] |= {"format": "parquet", "columns": ["x"]}
+    predictions, errors = outcomes.sinks()
+    if sink in STORES:
+        predictions[sink]["format"] = "parquet"
+    run(tmp_path, place, predictions, errors)
+    found = list(outcomes.outcomes())
+    assert len(found) == 63
+    good = {f"good-{i}": Outcome(f"good-{i}", [2.0 * i, 1.0, 0.0]) for i in range(60)}
+    bad = {
+        "poison": Outcome("poison", code="model_error", body='{"x":[666.0,0.5,0.0]}'),
+        "a-hole": Outcome("a-hole", code="invalid_request", body='{"x":[0.0,null,0.0]}'),
+        "nothing": Outcome("nothing", code="invalid_request", body='{"x":null}'),
+    }
     assert dict(found) == good | bad

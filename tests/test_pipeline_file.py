@@ -453,7 +453,7 @@ def test_what_later_releases_will_know_is_not_available_yet(problems: Any) -> No
 name: digits
 model: digits.onnx
 requests: {format: avro}
-source: {s3: {bucket: b}}
+source: {file: {path: in.jsonl}}
 sink: {kafka: {topic: out, brokers: h}}
 delivery: exactly-once
 claim_check: {allow: [s3://b/p]}
@@ -461,7 +461,6 @@ shadow: {candidates: {}}
 """
     ) == [
         "p.yaml:3: requests.format: avro is not available yet",
-        "p.yaml:4: source.s3: not available yet",
         "p.yaml:6: delivery: exactly-once is not available yet",
         "p.yaml:7: claim_check: not available yet",
         "p.yaml:8: shadow: not available yet",
@@ -523,6 +522,68 @@ def test_objects_are_as_large_as_what_may_be_in_flight_allows(write: Any) -> Non
     assert sizes(of_files, "flow.max_inflight=300") == (300, 150)
     assert sizes(of_files, "sink.file.max_rows=10") == (8192, 10)
     assert sizes(to_files) == (65_535, 32_767)
+
+
+JOB = "name: j\nmodel: m.onnx\nsource: {}\nsink: {}\n"
+
+
+def test_a_job_on_a_bucket_keeps_its_errors_and_its_progress_where_no_run_reads_them(write: Any) -> None:
+    source = "{s3: {bucket: abc, prefix: in/, region: eu-west-1, endpoint_url: 'http://h:1', format: parquet}}"
+    path = write(JOB.format(source, "{s3: {bucket: other, format: parquet}}"))
+    settings = load(path)
+    assert settings.source.s3 is not None
+    assert settings.source.s3.progress == path.parent / "j.progress"
+    assert settings.of_tables
+    errors, sink = settings.errors[0].s3, settings.sink[0].s3
+    assert errors is not None
+    assert sink is not None
+    assert (errors.bucket, errors.prefix) == ("abc", "j.errors/")
+    assert [(place.region, place.endpoint_url) for place in (errors, sink)] == [("eu-west-1", "http://h:1")] * 2
+    elsewhere = load(path, ["source.s3.progress=state/p", "sink.s3.region=us-east-1"])
+    assert elsewhere.source.s3 is not None
+    assert elsewhere.source.s3.progress == path.parent / "state/p"
+    assert elsewhere.sink[0].s3 is not None
+    assert elsewhere.sink[0].s3.region == "us-east-1"
+
+
+@pytest.mark.parametrize(
+    ("source", "sink", "why"),
+    [
+        (
+            "{s3: {bucket: abc}}",
+            "{file: {path: out}}",
+            "p.yaml:1: errors.s3: s3://abc/j.errors/ lies where requests are read from, and would be read as such; "
+            "expected one beside s3://abc/",
+        ),
+        (
+            "{s3: {bucket: abc, prefix: in}}",
+            "{s3: {bucket: abc, prefix: inside/}}",
+            "p.yaml:4: sink.s3: s3://abc/inside/ lies where requests are read from, and would be read as such; "
+            "expected one beside s3://abc/in",
+        ),
+        (
+            "{file: {path: in}}",
+            "{file: {path: other/../in/out}}",
+            "p.yaml:4: sink.file: folder other/../in/out lies where requests are read from, and would be read as such; "
+            "expected one beside file in",
+        ),
+        (
+            "{file: {path: in, columns: [x]}}",
+            "{file: {path: out}}",
+            "p.yaml:3: source.file: `columns` are Parquet's; expected `format: parquet`, or no `columns`",
+        ),
+        (
+            "{file: {path: in, format: parquet, columns: []}}",
+            "{file: {path: out}}",
+            "p.yaml:3: source.file.columns: ",
+        ),
+    ],
+)
+def test_a_job_that_would_read_what_it_writes_or_cannot_be_is_refused(
+    problems: Any, source: str, sink: str, why: str
+) -> None:
+    (problem,) = problems(JOB.format(source, sink))
+    assert problem.startswith(why)
 
 
 def test_the_password_in_a_url_is_never_shown(write: Any) -> None:

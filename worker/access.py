@@ -16,7 +16,7 @@ from typing import Literal, Protocol, Self
 
 from inferbus.connectors.base import Bell, Failure, Headers, Message, Misconfigured, Records, Sink, Source, Unavailable
 from inferbus.connectors.settings import (
-    FileSourceSettings,
+    JobSourceSettings,
     KafkaSinkSettings,
     KafkaSourceSettings,
     SinkPlace,
@@ -165,8 +165,8 @@ def publisher(place: SourcePlace | SinkPlace) -> AbstractContextManager[Publishe
     Raises:
         Misconfigured: A client library is missing, or a setting cannot work.
     """
-    if isinstance(place, FileSourceSettings):
-        raise Misconfigured(f"{place.label()}: requests of a job are the lines of its files; add them there")
+    if isinstance(place, JobSourceSettings):
+        raise Misconfigured(f"{place.label()}: requests of a job are the rows of its files; add them there")
     if isinstance(place, KafkaSourceSettings | KafkaSinkSettings):
         tools = build.client("kafka_tools")
         return tools.KafkaPublisher(place.topic, {"bootstrap.servers": place.brokers, **place.config})  # type: ignore[no-any-return]
@@ -207,7 +207,7 @@ def reached(settings: PipelineSettings, place: SourcePlace | SinkPlace) -> Itera
         finally:
             shelf.close(0.0)
         return
-    if isinstance(place, SourcePlace) and not isinstance(place, KafkaSourceSettings | FileSourceSettings):
+    if isinstance(place, SourcePlace) and not isinstance(place, KafkaSourceSettings | JobSourceSettings):
         place = place.writing()  # to read a queue takes from it, and what is given back counts as delivered once more
     with reader(settings, place) if isinstance(place, SourcePlace) else publisher(place):
         yield

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, cast
 from pydantic import ValidationError
 
 from inferbus.connectors.base import Misconfigured, Replies, Sink, Source, Store
-from inferbus.connectors.file import FileSource, Folder
+from inferbus.connectors.file import Files, Folder
+from inferbus.connectors.job import JobSource
 from inferbus.connectors.objects import Gathering, ObjectStore, Shelf
+from inferbus.connectors.request_rows import JsonLines, Parquet
 from inferbus.connectors.rows import form
 from inferbus.connectors.settings import (
     FileSinkSettings,
@@ -22,13 +24,14 @@ from inferbus.connectors.settings import (
     RabbitmqSinkSettings,
     RabbitmqSourceSettings,
     S3SinkSettings,
+    S3SourceSettings,
     SinkPlace,
     SourcePlace,
     SqsSinkSettings,
     SqsSourceSettings,
     StoreSettings,
 )
-from inferbus.models.base import InvalidModel
+from inferbus.models.base import Codec, InvalidModel, ModelInfo, Signature
 from inferbus.models.codecs import codec
 from inferbus.models.repository import Artefact, executors, locate
 from inferbus.models.warmup import warm_up_input
@@ -69,6 +72,12 @@ def limits(settings: PipelineSettings, found: Artefact) -> Limits:
         max_message_bytes=flow.max_message_bytes,
         max_backoff=settings.retry.max_backoff,
     )
+
+
+def codecs(settings: PipelineSettings, bounds: Limits) -> Callable[[Signature, ModelInfo], Codec]:
+    """Makes the codec for the pipeline's requests, once the model's signature is known; see `models.codecs.codec`."""
+    limit = bounds.max_message_bytes
+    return partial(codec, settings.requests.format, max_message_bytes=limit, of_tables=settings.of_tables)
 
 
 def connectors(settings: PipelineSettings, child: int | None = None) -> Connectors:
@@ -138,12 +147,26 @@ def source(settings: PipelineSettings, place: SourcePlace, child: int | None = N
                 receivers=place.receivers,
                 **bounds,
             )
-        case FileSourceSettings():
-            assert place.progress is not None  # noqa: S101 - completed
-            made = FileSource(place.path, place.progress)
+        case FileSourceSettings() | S3SourceSettings():
+            made = job(place)
         case _:
             raise TypeError(place)
     return cast("Source", made)
+
+
+def job(place: FileSourceSettings | S3SourceSettings) -> JobSource:
+    """The rows of files, not opened.
+
+    Raises:
+        Misconfigured: A library is missing.
+    """
+    assert place.progress is not None  # noqa: S101 - completed
+    if isinstance(place, S3SourceSettings):
+        at = {"region": place.region, "endpoint_url": place.endpoint_url}
+        files = client("s3_files").Objects(place.bucket, place.prefix, **at)
+    else:
+        files = Files(place.path)
+    return JobSource(files, Parquet(place.columns) if place.format == "parquet" else JsonLines(), place.progress)
 
 
 def sink(place: SinkPlace, shared: Shared) -> Sink:
@@ -234,6 +257,7 @@ _EXTRAS = {
     "rabbitmq": "rabbitmq",
     "sqs": "aws",
     "s3": "aws",
+    "s3_files": "aws",
 }
 
 
@@ -267,7 +291,7 @@ def pipeline(settings: PipelineSettings, metrics: Metrics, child: int | None = N
         reached.source,
         reached.sinks,
         reached.errors,
-        partial(codec, settings.requests.format, max_message_bytes=bounds.max_message_bytes),
+        codecs(settings, bounds),
         executors(found, model.device, model.replicas, model.options, sharers=child_count()),
         lambda signature: warm_up_input(signature, bounds.max_rows, found.settings.warmup),
         bounds,

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, closing
 from inferbus.connectors.base import Unavailable
 from inferbus.connectors.settings import spell_seconds, spell_size
 from inferbus.models.base import Executor, TensorSpec
-from inferbus.models.codecs import codec
 from inferbus.models.repository import executors
 from inferbus.models.warmup import warm_up_input
 from inferbus.worker import access, build
@@ -39,12 +38,7 @@ def check(settings: PipelineSettings, *, connect: bool = False) -> int:
     # One copy stands for all replicas: they open the same file on the same device.
     with closing(executors(found, model.device, 1, model.options)[0]) as executor:
         executor.load()
-        codec(
-            settings.requests.format,
-            executor.signature,
-            executor.info,
-            max_message_bytes=bounds.max_message_bytes,
-        )
+        build.codecs(settings, bounds)(executor.signature, executor.info)
         # The batch that `run` begins with: a model that fails on it would never serve.
         warm_up(executor, warm_up_input(executor.signature, bounds.max_rows, found.settings.warmup))
         sys.stdout.write(effective(settings))

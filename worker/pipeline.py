@@ -27,6 +27,7 @@ from inferbus.connectors.base import (
     ConnectorError,
     Fatal,
     Message,
+    Misconfigured,
     Records,
     Replies,
     Sink,
@@ -203,6 +204,7 @@ class Pipeline:
         self._received_at = clock()
         self.draining = False
         self.fatal: str | None = None
+        self.misread = False  # what was fatal is the user's to mend
 
     # Starting
 
@@ -410,7 +412,8 @@ class Pipeline:
         except Unavailable as error:
             self._source_away(now, str(error))
             return False
-        except Fatal as error:
+        except (Fatal, Misconfigured) as error:
+            self.misread = isinstance(error, Misconfigured)
             self._die(str(error))
             return False
         self._source_problem = None

@@ -37,10 +37,7 @@ from inferbus.worker.settings import (
 
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 
-_LATER_KEYS = {
-    ("source", "s3"),
-    *((key,) for key in ("claim_check", "shadow")),
-}
+_LATER_KEYS = {(key,) for key in ("claim_check", "shadow")}
 _LATER_VALUES = {
     ("requests", "format"): ("avro", "protobuf", "jsonschema"),
     ("delivery",): ("exactly-once",),

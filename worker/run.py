@@ -42,7 +42,7 @@ class Watch:
         self._signalled = False
         self._pipeline = pipeline
         self._until_idle = until_idle
-        self._job = settings.source.kind == "file"  # with an end that needs no second look
+        self._job = settings.source.place.bounded  # with an end that needs no second look
         self._bounded = settings.retry.bounded
         self._progress = progress
         self._memory = Memory(child_count())
@@ -125,7 +125,7 @@ def run(settings: PipelineSettings, *, workers: int = 1, until_idle: float | Non
     screen = logs.Screen(sys.stderr)
     logs.configure(screen, settings.redact)
     child = child_index()
-    bounded = settings.source.kind == "file"
+    bounded = settings.source.place.bounded
     if bounded and workers > 1:
         raise Misconfigured("--workers: one worker reads the files of a job; expected 1")
     if bounded and until_idle is None:
@@ -168,7 +168,9 @@ def serve(settings: PipelineSettings, pipeline: Pipeline, watch: Watch, metrics:
         pipeline.close(0.0 if watch.released else 1.0)
     totals = metrics.totals()
     log.info("stopped", received=totals.received, ok=totals.ok, errors=totals.errors)
-    return BUG if pipeline.fatal else watch.code
+    if pipeline.fatal:
+        return WRONG_INPUT if pipeline.misread else BUG
+    return watch.code
 
 
 def drain(budget: float, pipeline: Pipeline, watch: Watch) -> None:

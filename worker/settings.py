@@ -27,12 +27,14 @@ from inferbus.connectors.settings import (
     FilePath,
     FileSinkSettings,
     FileSourceSettings,
+    JobSourceSettings,
     KafkaSinkSettings,
     KafkaSourceSettings,
     Port,
     RabbitmqSinkSettings,
     RabbitmqSourceSettings,
     S3SinkSettings,
+    S3SourceSettings,
     Settings,
     SinkPlace,
     Size,
@@ -147,7 +149,8 @@ class RequestsSettings(Settings):
     format: Literal["v2", "json", "raw", "text"] = Field(
         default="v2",
         description="v2: Open Inference Protocol. json: one object, one row. raw: bytes of the single input. "
-        "text: one string for a model with one BYTES input.",
+        "text: one string for a model with one BYTES input. "
+        "Rows of Parquet are read as json, and answered as said here.",
     )
 
 
@@ -224,6 +227,7 @@ class SourceSettings(OneOf):
     kafka: KafkaSourceSettings | None = Field(default=None, description="A Kafka topic.")
     rabbitmq: RabbitmqSourceSettings | None = Field(default=None, description="A RabbitMQ queue.")
     sqs: SqsSourceSettings | None = Field(default=None, description="An SQS queue.")
+    s3: S3SourceSettings | None = Field(default=None, description="Objects in a bucket, read once: a bounded job.")
     file: FileSourceSettings | None = Field(default=None, description="Files, read once: a bounded job.")
 
     @property
@@ -347,6 +351,12 @@ class PipelineSettings(Settings):
 
     _redact: Redactor = PrivateAttr(default_factory=Redactor)
 
+    @property
+    def of_tables(self) -> bool:
+        """Requests are rows of tables, whatever `requests.format` says of answers."""
+        place = self.source.place
+        return isinstance(place, JobSourceSettings) and place.format == "parquet"
+
     def redact(self, text: str) -> str:
         """`text` with every secret of this pipeline's file replaced by `***`: for logs and messages."""
         return self._redact(text)
@@ -395,7 +405,7 @@ def contradictions(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...]
     """What is right by itself and wrong together, in completed settings: the settings concerned, and why."""
     # Only what was asked for can contradict: a default gives way to whatever stands beside it.
     batch, flow = settings.batch, settings.flow
-    one_row_each = settings.requests.format in ("json", "text")
+    one_row_each = settings.requests.format in ("json", "text") or settings.of_tables
     if "max_rows" in batch.model_fields_set and one_row_each and batch.max_rows > flow.max_inflight:
         yield (
             (("batch", "max_rows"), ("flow", "max_inflight"), ("requests", "format")),
@@ -423,8 +433,9 @@ def contradictions(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...]
             f"{settings.model.name!r} is a name, and no `repository` is set to look it up in; "
             "expected a model file (.onnx or .py), or `repository`",
         )
-    if settings.replies is not None and settings.source.kind == "file":
-        yield (("replies",), ("source", "file")), "lines of a file have no requester; expected no `replies`"
+    if settings.replies is not None and settings.source.place.bounded:
+        way = ("source", settings.source.kind)
+        yield (("replies",), way), "rows of a file have no requester; expected no `replies`"
     yield from _hopeless_objects(settings)
     yield from _unreachable(settings)
     yield from _shared_places(settings)
@@ -465,6 +476,9 @@ def _shared_places(settings: PipelineSettings) -> Iterator[tuple[tuple[Way, ...]
             if identity in taken:
                 other, why = taken[identity]
                 yield (way, other), f"{sink.place.label()} is where {why}; expected another one"
+            elif settings.source.place.covers(sink.place):
+                text = f"{sink.place.label()} lies where requests are read from, and would be read as such; expected"
+                yield (way, ("source", settings.source.kind)), f"{text} one beside {settings.source.place.label()}"
             else:
                 taken[identity] = way, use
 
