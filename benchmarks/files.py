@@ -39,7 +39,7 @@ ROWS = 256
 
 def main() -> None:
     """Write the requests, let both serve them, print and keep the rates."""
-    args = arguments(__doc__, messages=600_000, runs=5).parse_args()
+    args = arguments(__doc__, messages=1_500_000, runs=5).parse_args()
     began = os.getloadavg()
     turns: dict[str, list[dict[str, Any]]] = {"bare": [], "inferbus": []}
     # In memory where there is memory: disks of shared machines stall for seconds.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from operator import eq
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -77,12 +78,12 @@ class Gaps:
                 self.inflight_bytes -= size
 
     def run(self, receipts: Sequence[int], items: list[Item]) -> list[Item]:
-        """The items of these receipts in ascending order, up to the first open receipt that is not among them.
+        """The items of these open receipts in ascending order, up to the first open one that is not among them.
 
         The list itself, where that is all of it in its own order.
         """
-        if len(self._open) == len(receipts) and list(receipts) == sorted(receipts):
-            return items
+        if len(receipts) <= len(self._open) and all(map(eq, self._open, receipts)):
+            return items  # the usual case, seen without looking at what else is open
         own = dict(zip(receipts, items, strict=True))
         other = next((receipt for receipt in self._open if receipt not in own), None)
         return [own[receipt] for receipt in sorted(own) if other is None or receipt < other]

@@ -143,7 +143,8 @@ class Gathering:
 
     def _seal(self, stream: Hashable, heap: _Heap) -> None:
         """Make an object for each store of the run at the front of the heap; the rest of it waits on."""
-        shares = self._without_void(heap.shares)
+        # Those of a stream with an order are void together, of which `tick` takes care.
+        shares = heap.shares if stream is not None else self._without_void(heap.shares)
         messages = [m for share in shares for m in share.messages()]
         if len(heap.counts) > 1:
             messages = list({id(m): m for m in messages}.values())  # one may be a row in several stores
