@@ -190,6 +190,11 @@ class FileSource:
         """Lines read and not saved as done, and the bytes of those that are not settled."""
         return sum(part.gaps.inflight_messages for part in self._parts), self._held
 
+    def holds(self, message: Message) -> bool:
+        """Not saved as done."""
+        confirmed = PART(message.receipt).gaps.confirmed
+        return confirmed is None or LINE(message.receipt) >= confirmed
+
     def tick(self, now: float) -> float:
         """Save progress that was made."""
         self._clerk.tick()

@@ -39,7 +39,7 @@ _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML 
 
 _LATER_KEYS = {
     ("source", "s3"),
-    *((key,) for key in ("claim_check", "shadow")),
+    ("shadow",),
 }
 _LATER_VALUES = {
     ("requests", "format"): ("avro", "protobuf", "jsonschema"),
