@@ -53,7 +53,7 @@ log = logging.getLogger("inferbus.claims")
 
 
 class Claimed(Message):
-    """A message whose body lay elsewhere and is here now. Its receipt is the message as it came.
+    """A message whose body lay elsewhere and is here now.
 
     Attributes:
         origin: The message as it came.
@@ -64,7 +64,8 @@ class Claimed(Message):
     __slots__ = ("claim", "failed", "origin")
 
     def __init__(self, origin: Message, claim: Claim, body: bytes) -> None:
-        super().__init__(origin.id, origin.key, body, origin.headers, origin.created_at, origin.attempts, origin)
+        o = origin
+        super().__init__(o.id, o.key, body, o.headers, o.created_at, o.attempts, o.receipt)
         self.origin = origin
         self.claim = claim
         self.failed = False
