@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession, get_session
 from botocore.exceptions import (
     BotoCoreError,
@@ -40,6 +41,21 @@ TROUBLE = (BotoCoreError, ClientError, ResponseParserError, aiohttp.ClientError,
 """What a call to AWS raises when it fails, timeouts included."""
 
 Answer = TypeVar("Answer")
+
+
+class _Session(AIOHTTPSession):
+    """The client's own, but that it follows no redirect: that may lead anywhere, and botocore follows none either."""
+
+    async def _get_session(self, proxy_url: Any) -> Any:
+        return _Straight(await super()._get_session(proxy_url))  # type: ignore[misc]  # its stubs lack it
+
+
+class _Straight:
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def request(self, method: str, **options: Any) -> aiohttp.ClientResponse:
+        return await self._session.request(method, **options, allow_redirects=False)
 
 
 class Loop:
@@ -88,6 +104,7 @@ class Loop:
             parameter_validation=False,  # of what we make ourselves, for every message
             tcp_keepalive=True,
             user_agent_extra="inferbus",
+            http_session_cls=_Session,
             **options,
         )
         create: Any = self._session.create_client  # typed, where it is, for each of AWS's services by name
