@@ -19,6 +19,7 @@ import aiobotocore
 import aiohttp
 import botocore
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession, get_session
 from botocore.exceptions import (
     BotoCoreError,
@@ -45,6 +46,21 @@ TROUBLE = (BotoCoreError, ClientError, ResponseParserError, aiohttp.ClientError,
 """What a call to AWS raises when it fails, timeouts included."""
 
 Answer = TypeVar("Answer")
+
+
+class _Session(AIOHTTPSession):
+    """The client's own, but that it follows no redirect: that may lead anywhere, and botocore follows none either."""
+
+    async def _get_session(self, proxy_url: Any) -> Any:
+        return _Straight(await super()._get_session(proxy_url))  # type: ignore[misc]  # its stubs lack it
+
+
+class _Straight:
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def request(self, method: str, **options: Any) -> aiohttp.ClientResponse:
+        return await self._session.request(method, **options, allow_redirects=False)
 
 
 class Loop:
@@ -93,6 +109,7 @@ class Loop:
             parameter_validation=False,  # of what we make ourselves, for every message
             tcp_keepalive=True,
             user_agent=USER_AGENT,
+            http_session_cls=_Session,
             **options,
         )
         create: Any = self._session.create_client  # typed, where it is, for each of AWS's services by name

@@ -80,6 +80,10 @@ class Message:
         self.attempts = attempts
         self.receipt = receipt
 
+    def fail(self) -> bytes | None:
+        """It ends as an error: its body as it came, for the error record; None where that could not be read."""
+        return self.body
+
 
 class Unreadable(Message):
     """A delivery the client could not read, or not whole: it gets an error record with `code` and `reason`.
@@ -98,10 +102,16 @@ class Unreadable(Message):
         reason: str,
         key: bytes | None = None,
         body: bytes = b"",
+        headers: Headers = (),
+        attempts: int = 1,
     ) -> None:
-        super().__init__(id, key, body, (), created_at, 1, receipt)
+        super().__init__(id, key, body, headers, created_at, attempts, receipt)
         self.code: Literal["too_large", "invalid_request"] = code
         self.reason = reason
+
+    def fail(self) -> bytes | None:
+        """Nothing is no body here, but one that could not be read."""
+        return self.body or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +279,9 @@ class Source(Protocol):
 
     def inflight(self) -> tuple[int, int]:
         """Messages and bytes received and not yet durably settled: what a `kill -9` now would repeat."""
+
+    def holds(self, message: Message) -> bool:
+        """Whether the bus may deliver it again: False only once it is durably settled; True for good if void before."""
 
     def tick(self, now: float) -> float:
         """Make progress (commits, leases, checks); returns the monotonic time at which it wants to be called again."""

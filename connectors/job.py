@@ -306,6 +306,11 @@ class JobSource:
         """Rows read and not saved as done, and the bytes of those that are not settled."""
         return sum(part.gaps.inflight_messages for part in self._active), self._held
 
+    def holds(self, message: Message) -> bool:
+        """Not saved as done."""
+        confirmed = PART(message.receipt).gaps.confirmed
+        return confirmed is None or ROW(message.receipt) >= confirmed
+
     def tick(self, now: float) -> float:
         """Save progress that was made."""
         self._clerk.tick()

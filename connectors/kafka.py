@@ -338,6 +338,11 @@ class KafkaSource:
             size += lease.gaps.inflight_bytes
         return messages, size
 
+    def holds(self, message: Message) -> bool:
+        """Not covered by an acknowledged commit."""
+        confirmed = RECEIPT_LEASE(message.receipt).gaps.confirmed
+        return confirmed is None or RECEIPT_OFFSET(message.receipt) >= confirmed
+
     def tick(self, now: float) -> float:
         """Commit what is due, keep the client alive without credit, watch for partitions that do not move."""
         consumer = self._consumer

@@ -132,6 +132,10 @@ class MemorySource:
         """Delivered and not settled."""
         return len(self._inflight), sum(self._inflight.values())
 
+    def holds(self, message: Message) -> bool:
+        """Not settled."""
+        return PLACE(message.receipt) not in self.settled
+
     def tick(self, now: float) -> float:
         """Nothing to do."""
         return now + 1.0

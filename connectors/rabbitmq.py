@@ -75,6 +75,7 @@ class Epoch:
         "full",
         "gaps",
         "loose",
+        "lost",
         "messages",
         "moved_at",
         "open",
@@ -87,6 +88,7 @@ class Epoch:
     def __init__(self, channel: Channel, now: float) -> None:
         self.channel = channel
         self.open = True
+        self.lost = False  # not closed by us: nobody knows which acknowledgements arrived
         self.waiting: deque[tuple[Any, Any, bytes]] = deque()  # deliveries as pika gives them, not yet received
         self.arrived = 0  # bytes put there by the connection's thread, in all
         self.taken = 0  # and taken by the pipeline's
@@ -125,6 +127,10 @@ class Epoch:
         self.gaps.confirm(position)
         # Named by its own highest: for one that it knows no more the broker would acknowledge all, then complain.
         return max(prefix, default=None), singly
+
+    def holds(self, tag: int) -> bool:
+        """Whether it is not acknowledged, or may not be."""
+        return self.lost or tag in self.gaps or tag in self.loose
 
     def _free(self, tag: int) -> None:
         self.messages -= 1
@@ -253,6 +259,7 @@ class RabbitmqSource:
 
     def _on_closed(self, _error: ConnectorError) -> None:
         if self._epoch is not None:
+            self._epoch.lost = self._opened
             self._epoch.open = False
             self._epoch = None
         self._bell.ring()
@@ -324,6 +331,10 @@ class RabbitmqSource:
         """Received and not acknowledged."""
         epoch = self._epoch
         return (0, 0) if epoch is None else (epoch.messages, epoch.size)
+
+    def holds(self, message: Message) -> bool:
+        """Not acknowledged."""
+        return RECEIPT_EPOCH(message.receipt).holds(RECEIPT_TAG(message.receipt))
 
     def tick(self, now: float) -> float:
         """Acknowledge what is due, adjust the prefetch, ask how much is left."""
@@ -488,11 +499,17 @@ def message(epoch: Epoch, deliver: Any, properties: Any, body: bytes) -> Message
         own = text(properties.message_id) or body_id(body)
         why = f"the headers could not be read: {error}"
         return Unreadable(own, created_at, (epoch, tag, len(body)), "invalid_request", why, body=body)
-    own = resolve_id(headers, text(properties.message_id)) or body_id(body)
+    own = resolve_id(headers, text(properties.message_id)) or body_id(body or claim(headers))
     size = len(body)
     if headers or key:
         size += len(key or b"") + sum([len(value) for _, value in headers])
     return Message(own, key, body, headers, created_at, attempts(deliver, properties.headers), (epoch, tag, size))
+
+
+def claim(headers: Headers) -> bytes:
+    """Where an empty body says it lies: the next best to tell messages apart by."""
+    found = dict(headers)
+    return found.get("inferbus-claim") or found.get("ce_dataref") or b""
 
 
 def attempts(deliver: Any, table: dict[str, Any] | None) -> int:

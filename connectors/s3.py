@@ -1,4 +1,4 @@
-"""Object storage in S3's protocol: a shelf for stores. AWS, MinIO, Google and others, by `endpoint_url`.
+"""Object storage in S3's protocol: AWS, MinIO, Google and others, by `endpoint_url`; a bucket as a shelf for stores.
 
 Large objects go in parts, several at once. An upload that fails is begun again after a back-off, for as long as it
 takes: what waits for it is not settled, so the flow caps bound it.
@@ -11,17 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from inferbus.connectors.aws import TROUBLE, Loop, code_of, complaint, ended
-from inferbus.connectors.base import Bell, Unavailable
+from inferbus.connectors.base import Bell, ConnectorError, Refused, Unavailable
 
 PART = 8 * 2**20  # bytes of a part; S3 takes 10,000 of them, none but the last under 5 MiB
 PARTS_AT_ONCE = 4
 UPLOADS_AT_ONCE = 8
 BACKOFF = (0.1, 10.0)  # seconds between tries, the first and the longest
 MARK = "_inferbus"  # an object written at start, to see that it can be; readers of datasets pass over names with `_`
+
+_NO_BUCKET = {"NoSuchBucket", "404"}
+_NO_OBJECT = {"404", "InvalidArgument", "InvalidObjectState", "InvalidRequest", "InvalidURI", "KeyTooLongError",
+              "NoSuchKey", "NotFound", "XMinioInvalidObjectName"}  # fmt: skip
+"""What S3 says of an object that it will not give however often it is asked: missing, archived, no possible key."""
 
 
 async def connected(loop: Loop, region: str | None, endpoint_url: str | None, connections: int) -> Any:
@@ -35,93 +40,123 @@ async def connected(loop: Loop, region: str | None, endpoint_url: str | None, co
     return await loop.client("s3", region, endpoint_url, connections, **options)
 
 
-class Bucket:
-    """A `Shelf` in a bucket.
+class Storage:
+    """S3 as one client, for one connector or for several. All but `open` and `close` is for its loop's thread.
 
     Args:
-        bucket: Its name.
-        prefix: What the key of every object begins with.
         region: AWS region; None for that of the environment.
         endpoint_url: Where S3 is, if not at AWS.
+        connections: Calls at once.
     """
 
-    def __init__(self, bucket: str, prefix: str = "", *, region: str | None, endpoint_url: str | None) -> None:
-        self.name = f"s3:{bucket}/{prefix}"
-        self._bucket = bucket
-        self._prefix = prefix
+    def __init__(self, region: str | None, endpoint_url: str | None, connections: int) -> None:
+        self.loop = Loop()
         self._region = region
         self._endpoint_url = endpoint_url
-        self._loop = Loop()
-        self._done: deque[Callable[[], None]] = deque()
-        self._uploads: set[asyncio.Task[None]] = set()  # of the loop's thread
-        self._problem: str | None = None
-        self._opened = self._closed = False
+        self._connections = connections
+        self._users = 0
 
-    def open(self, bell: Bell) -> None:
-        """Reach the bucket, and write a mark into it.
+    def open(self) -> None:
+        """Take another connector into the count of those that `close`; the first makes the client.
 
         Raises:
-            Unavailable: It is away, missing, or may not be written.
+            Unavailable: No credentials.
             Misconfigured: No region, or no such profile.
         """
-        self._bell = bell
-        self._loop.open()
-        try:
-            self._client = self._loop.run(self._reach())
-        except BaseException:
-            self._loop.close()
-            raise
-        self._opened = True
+        if not self._users:
+            self.loop.open()
+            try:
+                self._client = self.loop.run(self._connect())
+            except BaseException:
+                self.loop.close()
+                raise
+        self._users += 1
 
-    async def _reach(self) -> Any:
-        self._slots = asyncio.Semaphore(UPLOADS_AT_ONCE)
-        connections = UPLOADS_AT_ONCE * PARTS_AT_ONCE
+    async def _connect(self) -> Any:
         try:
-            client = await connected(self._loop, self._region, self._endpoint_url, connections)
+            return await connected(self.loop, self._region, self._endpoint_url, self._connections)
         except TROUBLE as error:
-            raise self._complaint(error) from None
+            raise complaint(error, "s3", "client", "s3:GetObject", self._endpoint_url) from None
+
+    def close(self) -> None:
+        """Close the client, if nobody else is in the count; what is under way must have ended."""
+        self._users -= 1
+        if not self._users:
+            self.loop.run(self._client.close())
+            self.loop.close()
+
+    def _complaint(self, error: Exception, bucket: str, action: str) -> ConnectorError:
+        return complaint(error, "s3", f'bucket "{bucket}"', f"s3:{action}", self._endpoint_url)
+
+    async def reach(self, bucket: str) -> None:
+        """See that a bucket is there.
+
+        Raises:
+            Unavailable: It is away, missing, or forbidden.
+        """
         try:
-            await client.put_object(Bucket=self._bucket, Key=self._prefix + MARK, Body=b"")
+            await self._client.head_bucket(Bucket=bucket)
         except TROUBLE as error:
-            await client.close()
-            if code_of(error) in ("NoSuchBucket", "404"):
-                text = f's3: bucket "{self._bucket}" does not exist; create it, or correct the name'
-                raise Unavailable(text) from None
-            raise self._complaint(error) from None
-        return client
+            raise self._missing(error, bucket, "ListBucket") from None
 
-    def _complaint(self, error: Exception) -> Exception:
-        return complaint(error, "s3", f'bucket "{self._bucket}"', "s3:PutObject", self._endpoint_url)
+    async def try_to_write(self, bucket: str, prefix: str) -> None:
+        """Write a mark under a prefix.
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
-        """See `Shelf`."""
-        self._loop.call(lambda: self._begin(self._upload(self._prefix + name, make, done, wanted)))
+        Raises:
+            Unavailable: The bucket is away, missing, or may not be written.
+        """
+        try:
+            await self._client.put_object(Bucket=bucket, Key=prefix + MARK, Body=b"")
+        except TROUBLE as error:
+            raise self._missing(error, bucket, "PutObject") from None
 
-    def _begin(self, upload: Any) -> None:
-        task = asyncio.ensure_future(upload)
-        self._uploads.add(task)
-        task.add_done_callback(self._uploads.discard)
+    def _missing(self, error: Exception, bucket: str, action: str) -> ConnectorError:
+        if code_of(error) in _NO_BUCKET:
+            return Unavailable(f's3: bucket "{bucket}" does not exist; create it, or correct the name')
+        return self._complaint(error, bucket, action)
 
-    async def _upload(
-        self, key: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]
-    ) -> None:
-        async with self._slots:
-            content = make()
-            pause, longest = BACKOFF
-            while wanted():
-                try:
-                    await self._store(key, content)
-                    break
-                except TROUBLE as error:
-                    self._problem = str(self._complaint(error))
-                await asyncio.sleep(pause)
-                pause = min(longest, 2 * pause)
-        self._problem = None
-        self._done.append(done)
-        self._bell.ring()
+    async def get(self, bucket: str, key: str, admit: Callable[[int], Awaitable[None]]) -> bytes:
+        """The content of an object; `admit` is told its size before any of it is read, and may wait or raise.
 
-    async def _store(self, key: str, content: bytes) -> None:
-        place = {"Bucket": self._bucket, "Key": key}
+        Raises:
+            Refused: It is not there, and never will be by itself.
+            Unavailable: The bucket is away, missing, or may not be read.
+        """
+        try:
+            answer = await self._client.get_object(Bucket=bucket, Key=key)
+            async with answer["Body"] as body:
+                await admit(answer["ContentLength"])
+                content: bytes = await body.read()
+                return content
+        except TROUBLE as error:
+            if code_of(error) in _NO_OBJECT:
+                raise Refused(code_of(error)) from None
+            raise self._complaint(error, bucket, "GetObject") from None
+
+    async def delete(self, bucket: str, key: str) -> None:
+        """Remove an object, if it is there.
+
+        Raises:
+            Unavailable: The bucket is away, or may not be written.
+        """
+        try:
+            await self._client.delete_object(Bucket=bucket, Key=key)
+        except TROUBLE as error:
+            raise self._complaint(error, bucket, "DeleteObject") from None
+
+    async def put(self, bucket: str, key: str, content: bytes) -> None:
+        """Store an object, in place of what had the key.
+
+        Raises:
+            Unavailable: The bucket is away, missing, or may not be written.
+        """
+        try:
+            await self._put(bucket, key, content)
+        except TROUBLE as error:
+            raise self._complaint(error, bucket, "PutObject") from None
+
+    async def _put(self, bucket: str, key: str, content: bytes) -> None:
+        place = {"Bucket": bucket, "Key": key}
         if len(content) <= PART:
             await self._client.put_object(**place, Body=content)
             return
@@ -152,6 +187,71 @@ class Bucket:
         finally:
             await ended(set(tasks))
 
+
+class Bucket:
+    """A `Shelf` in a bucket.
+
+    Args:
+        bucket: Its name.
+        prefix: What the key of every object begins with.
+        region: AWS region; None for that of the environment.
+        endpoint_url: Where S3 is, if not at AWS.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", *, region: str | None, endpoint_url: str | None) -> None:
+        self.name = f"s3:{bucket}/{prefix}"
+        self._bucket = bucket
+        self._prefix = prefix
+        self._storage = Storage(region, endpoint_url, UPLOADS_AT_ONCE * PARTS_AT_ONCE)
+        self._done: deque[Callable[[], None]] = deque()
+        self._uploads: set[asyncio.Task[None]] = set()  # of the loop's thread
+        self._problem: str | None = None
+        self._opened = self._closed = False
+
+    def open(self, bell: Bell) -> None:
+        """Reach the bucket, and write a mark into it.
+
+        Raises:
+            Unavailable: It is away, missing, or may not be written.
+            Misconfigured: No region, or no such profile.
+        """
+        self._bell = bell
+        self._slots = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self._storage.open()
+        try:
+            self._storage.loop.run(self._storage.try_to_write(self._bucket, self._prefix))
+        except BaseException:
+            self._storage.close()
+            raise
+        self._opened = True
+
+    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+        """See `Shelf`."""
+        self._storage.loop.call(lambda: self._begin(self._upload(self._prefix + name, make, done, wanted)))
+
+    def _begin(self, upload: Any) -> None:
+        task = asyncio.ensure_future(upload)
+        self._uploads.add(task)
+        task.add_done_callback(self._uploads.discard)
+
+    async def _upload(
+        self, key: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]
+    ) -> None:
+        async with self._slots:
+            content = make()
+            pause, longest = BACKOFF
+            while wanted():
+                try:
+                    await self._storage.put(self._bucket, key, content)
+                    break
+                except ConnectorError as error:
+                    self._problem = str(error)
+                await asyncio.sleep(pause)
+                pause = min(longest, 2 * pause)
+        self._problem = None
+        self._done.append(done)
+        self._bell.ring()
+
     def tick(self) -> None:
         """See `Shelf`."""
         while self._done:
@@ -166,12 +266,11 @@ class Bucket:
         if not self._opened or self._closed:
             return
         self._closed = True
-        self._loop.run(self._end(timeout))
-        self._loop.close()
+        self._storage.loop.run(self._end(timeout))
+        self._storage.close()
         self.tick()
 
     async def _end(self, patience: float) -> None:
         if self._uploads:
             await asyncio.wait(self._uploads, timeout=patience)
         await ended(set(self._uploads))
-        await self._client.close()

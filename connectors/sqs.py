@@ -60,7 +60,7 @@ LEFT = ("ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible", 
 class _Entry:
     """A message that is ours: the receipt of this source."""
 
-    __slots__ = ("deadline", "id", "raw", "receipt", "settled", "since", "size", "taken", "text", "void")
+    __slots__ = ("deadline", "deleted", "id", "raw", "receipt", "settled", "since", "size", "taken", "text", "void")
 
     def __init__(self, raw: Mapping[str, Any], now: float) -> None:
         self.id: str = raw["MessageId"]
@@ -72,6 +72,7 @@ class _Entry:
         self.deadline = now  # monotonic seconds at which others may see it
         self.taken: int | None = None  # bytes that the pipeline has of it; set and read by its thread alone
         self.settled = False
+        self.deleted = False
         self.void = False
 
 
@@ -280,6 +281,7 @@ class SqsSource:
                 del self._held[entry.id]
                 self._held_bytes -= entry.size
                 entry.void |= void
+                entry.deleted |= not void
                 self._gone.append(entry)
         if empty and self._gone:
             self._bell.ring()
@@ -482,6 +484,11 @@ class SqsSource:
     def inflight(self) -> tuple[int, int]:
         """Given to the pipeline and not yet deleted; what waits here for it is not counted."""
         return self._inflight, self._inflight_bytes
+
+    def holds(self, message: Message) -> bool:
+        """Not deleted."""
+        receipt: Any = message.receipt
+        return not receipt.deleted
 
     def tick(self, now: float) -> float:
         """Free the credit of what is deleted. The loop's thread does the rest, and rings."""

@@ -30,6 +30,9 @@ ID = "inferbus-id"
 OURS = frozenset({KEY, ENCODING, HEADERS})
 """Attributes that are no headers."""
 
+POINTED = ("ExtendedPayloadSize", "SQSLargePayloadSize")
+"""Headers by which the extended client knows that a body is a pointer to an object: attributes that are numbers."""
+
 MOST = 10  # attributes of a message
 
 Attribute = dict[str, Any]
@@ -65,8 +68,13 @@ def encoded(
         attributes.update((name, _attribute(value)) for name, value in headers)
     else:
         attributes[HEADERS] = _attribute(_packed(headers))
-        if given := dict(headers).get(ID):
-            attributes[ID] = _attribute(given)  # so that anyone can match an outcome to its request
+        found = dict(headers)
+        for name in (ID, *POINTED):  # so that anyone can match an outcome to its request, and find its body
+            if given := found.get(name):
+                attributes[name] = _attribute(given)
+    for name in POINTED:
+        if attributes.get(name, {}).get("StringValue", "").encode().isdigit():
+            attributes[name]["DataType"] = "Number"
     size = len(body) if ENCODING not in attributes else len(text)
     for name, attribute in attributes.items():
         value = attribute.get("BinaryValue") or attribute["StringValue"].encode()
@@ -76,6 +84,8 @@ def encoded(
 
 def decoded(raw: Mapping[str, Any]) -> tuple[bytes | None, bytes, Headers]:
     """Key, body and headers of a message as received. Without a key of its own, that of its group.
+
+    A pointer of the extended client stays what it is; how its object is encoded is a header then.
 
     Raises:
         Malformed: Its attributes are not what they say.
@@ -95,6 +105,9 @@ def decoded(raw: Mapping[str, Any]) -> tuple[bytes | None, bytes, Headers]:
         first = _unpacked(packed)
         known = {name for name, _ in first}  # our own id is in both places
         headers = (*first, *(header for header in headers if header[0] not in known))
+    if encoding is not None and body.startswith("[") and not values.keys().isdisjoint(POINTED):
+        # A pointer, which is no base64; it is the object that is encoded so.
+        return key, body.encode(), (*headers, (ENCODING, encoding))
     if encoding is None:
         return key, body.encode(), headers
     if encoding != b"base64":

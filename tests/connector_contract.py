@@ -198,6 +198,24 @@ class ConnectorContract:
             settle(source, messages)
             assert source.inflight() == (0, 0)
 
+    def test_a_message_is_held_until_it_is_settled_for_good_and_for_ever_if_it_was_not(self, place: Place) -> None:
+        place.publish(b"one")
+        place.publish(b"two")
+        source = place.source()
+        with opened(source):
+            first, second = receive(source, 2)
+            assert source.holds(first)
+            source.settle([first])
+            until = time.monotonic() + PATIENCE
+            while source.holds(first) and time.monotonic() < until:
+                source.tick(time.monotonic())
+                source.receive(1)
+                time.sleep(0.01)
+            assert not source.holds(first)
+            assert source.holds(second)
+        assert not source.holds(first)
+        assert source.holds(second)
+
     def test_the_bus_is_exhausted_only_when_nothing_is_left_for_anyone(self, place: Place) -> None:
         with opened(place.source()) as source:
             assert source.exhausted()

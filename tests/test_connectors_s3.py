@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from inferbus.connectors.base import Bell, Unavailable
-from inferbus.connectors.s3 import PART, Bucket
+from inferbus.connectors.s3 import PART, Bucket, Storage
 from tests.servers import S3
 
 pytestmark = pytest.mark.broker
@@ -115,3 +117,42 @@ def test_a_bucket_that_is_not_there_or_not_ours_is_told_in_one_line(s3: S3, monk
     with pytest.raises(Unavailable, match="the credentials are not accepted") as caught:
         made(s3, s3.bucket()).open(Bell())
     assert "wrong-secret" not in str(caught.value)
+
+
+def test_a_server_that_leads_elsewhere_is_not_followed() -> None:
+    asked: list[str] = []
+
+    class Leading(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.server.server_address[1]}{self.path}")  # type: ignore[index]
+            self.send_response(307)
+            self.send_header("Location", f"http://127.0.0.1:{other.server_port}/elsewhere")
+            self.send_header("x-amz-bucket-region", "eu-west-1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815 - http.server wants it so
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    first, other = (ThreadingHTTPServer(("127.0.0.1", 0), Leading) for _ in range(2))
+    for server in (first, other):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    storage = Storage("us-east-1", f"http://127.0.0.1:{first.server_port}", 1)
+    storage.open()
+    try:
+        for call in (storage.reach("bucket"), storage.get("bucket", "key", anything)):
+            with pytest.raises(Unavailable):
+                storage.loop.run(call)
+    finally:
+        storage.close()
+        for server in (first, other):
+            server.shutdown()
+            server.server_close()
+    assert asked
+    assert {one.partition("/")[0] for one in asked} == {str(first.server_port)}
+
+
+async def anything(_size: int) -> None:
+    """Whatever it is, it may be read."""

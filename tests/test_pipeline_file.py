@@ -434,7 +434,7 @@ zzz: 1
         "p.yaml:15: order: is written twice, first in line 14; keep one",
         "p.yaml:16: http.port: expected at most 65535, got 99999",
         "p.yaml:17: zzz: unknown key; allowed: name, model, repository, requests, batch, flow, source, sink, "
-        "errors, delivery, order, drain, replies, retry, non_finite, http",
+        "errors, delivery, order, drain, replies, claim_check, retry, non_finite, http",
     ]
 
 
@@ -456,14 +456,12 @@ requests: {format: avro}
 source: {file: {path: in.jsonl}}
 sink: {kafka: {topic: out, brokers: h}}
 delivery: exactly-once
-claim_check: {allow: [s3://b/p]}
 shadow: {candidates: {}}
 """
     ) == [
         "p.yaml:3: requests.format: avro is not available yet",
         "p.yaml:6: delivery: exactly-once is not available yet",
-        "p.yaml:7: claim_check: not available yet",
-        "p.yaml:8: shadow: not available yet",
+        "p.yaml:7: shadow: not available yet",
     ]
 
 

@@ -24,7 +24,7 @@ from inferbus.connectors.settings import (
     StoreSettings,
 )
 from inferbus.worker import build
-from inferbus.worker.settings import PipelineSettings
+from inferbus.worker.settings import ClaimCheckSettings, PipelineSettings
 
 GIVE_UP = 30.0  # seconds a record may take to be confirmed
 QUIET = 3.0  # seconds without a message after which a queue has shown all it has
@@ -211,6 +211,18 @@ def reached(settings: PipelineSettings, place: SourcePlace | SinkPlace) -> Itera
         place = place.writing()  # to read a queue takes from it, and what is given back counts as delivered once more
     with reader(settings, place) if isinstance(place, SourcePlace) else publisher(place):
         yield
+
+
+@contextlib.contextmanager
+def claims_reached(settings: PipelineSettings, chosen: ClaimCheckSettings) -> Iterator[None]:
+    """The places of claims, seen to be there.
+
+    Raises:
+        Misconfigured, Unavailable: One cannot be used; says why.
+    """
+    on_a_bus = any(not isinstance(sink.place, StoreSettings) for sink in settings.sink)
+    build.Claims(settings, chosen).reach(write=on_a_bus)
+    yield
 
 
 def readable(content: bytes | None) -> str | dict[str, str] | None:

@@ -37,7 +37,7 @@ from inferbus.models.repository import Artefact, executors, locate
 from inferbus.models.warmup import warm_up_input
 from inferbus.worker.metrics import Metrics
 from inferbus.worker.pipeline import Limits, Pipeline
-from inferbus.worker.settings import PipelineSettings, SinkSettings
+from inferbus.worker.settings import ClaimCheckSettings, PipelineSettings, SinkSettings
 from inferbus.worker.supervisor import child_count
 
 
@@ -92,16 +92,22 @@ def connectors(settings: PipelineSettings, child: int | None = None) -> Connecto
     """
     shared: Shared = {}
     requests = source(settings, settings.source.place, child)
+    claims = None if settings.claim_check is None else Claims(settings, settings.claim_check)
+    if claims is not None:
+        requests = claims.source(requests)
 
     gathering = Gathering(requests, time.monotonic)
 
-    def several(places: Sequence[SinkSettings]) -> list[Sink | Store]:
-        return [
-            store(place, gathering) if isinstance(place, StoreSettings) else sink(place, shared)
-            for place in (one.place for one in places)
-        ]
+    def several(places: Sequence[SinkSettings], claims: Claims | None = None) -> list[Sink | Store]:
+        made: list[Sink | Store] = []
+        for place in (one.place for one in places):
+            if isinstance(place, StoreSettings):
+                made.append(store(place, gathering))
+            else:
+                made.append(sink(place, shared) if claims is None else claims.sink(sink(place, shared), place))
+        return made
 
-    sinks, errors = several(settings.sink), several(settings.errors)
+    sinks, errors = several(settings.sink, claims), several(settings.errors)
     wanted = None if settings.replies is None else replies(settings.source.place, shared)
     return Connectors(requests, sinks, errors, wanted)
 
@@ -113,6 +119,51 @@ class Connectors(NamedTuple):
     sinks: list[Sink | Store]
     errors: list[Sink | Store]
     replies: Replies | None
+
+
+class Claims:
+    """What goes around sources and sinks where bodies may lie in S3.
+
+    Raises:
+        Misconfigured: The client library is missing.
+    """
+
+    def __init__(self, settings: PipelineSettings, chosen: ClaimCheckSettings) -> None:
+        self._claims = client("claims")
+        self._flow = settings.flow
+        self._delete = chosen.delete
+        self._over = chosen.over
+        self._allow = [self._claims.Place.of(url) for url in chosen.allow]
+        self._to = self._claims.Place.of(chosen.to)
+        self._storage = self._claims.Storage(chosen.region, chosen.endpoint_url, self._claims.CONNECTIONS)
+
+    def source(self, source: Source) -> Source:
+        """A source whose messages may have their bodies in S3."""
+        flow = self._flow
+        made = self._claims.ClaimSource(
+            source,
+            self._storage,
+            self._allow,
+            delete=self._delete,
+            max_message_bytes=flow.max_message_bytes,
+            max_inflight=flow.max_inflight,
+            max_inflight_bytes=flow.max_inflight_bytes,
+        )
+        return cast("Source", made)
+
+    def sink(self, sink: Sink, place: SinkPlace) -> Sink:
+        """A sink whose large records have their bodies in S3."""
+        pointers = isinstance(place, SqsSinkSettings)
+        made = self._claims.ClaimSink(sink, self._storage, self._to, self._over, pointers=pointers)
+        return cast("Sink", made)
+
+    def reach(self, *, write: bool) -> None:
+        """See that every place can be reached, and that predictions can be written, if they are.
+
+        Raises:
+            Unavailable: One cannot.
+        """
+        self._claims.reach(self._storage, self._allow, self._to if write else None)
 
 
 Shared = dict[Hashable, Any]
@@ -258,6 +309,7 @@ _EXTRAS = {
     "sqs": "aws",
     "s3": "aws",
     "s3_files": "aws",
+    "claims": "aws",
 }
 
 

@@ -72,6 +72,12 @@ def _places(settings: PipelineSettings) -> Iterator[tuple[str, str, AbstractCont
     for use, sinks in (("sink", settings.sink), ("errors", settings.errors)):
         for sink in sinks:
             yield use, f"{sink.kind} {sink.place.label()}", access.reached(settings, sink.place)
+    if (claims := settings.claim_check) is not None:
+        yield (
+            "claim_check",
+            " ".join(dict.fromkeys([*claims.allow, claims.to])),
+            access.claims_reached(settings, claims),
+        )
 
 
 def _reach(use: str, name: str, place: AbstractContextManager[object]) -> bool:

@@ -102,6 +102,7 @@ def errors(
     at = time.time() if now is None else now
     model = f"{info.name}@{info.version}"
     headers: list[list[tuple[str, bytes]]] = []
+    bodies: list[bytes] = []
     for message, code, stage, text in faults:
         error = {
             "id": message.id,
@@ -113,12 +114,14 @@ def errors(
             "model": model,
             "time": round(at, 3),
         }
-        if stage == "receive" and not message.body:
+        body = message.fail()
+        if body is None:
             error["body"] = "omitted"
+        bodies.append(body or b"")
         own = [h for h in message.headers if h[0] != "inferbus-error"]
         headers.append([*own, ("inferbus-error", orjson.dumps(error))])
     messages = [fault[0] for fault in faults]
-    return Records(messages, [m.key for m in messages], [m.body for m in messages], headers)
+    return Records(messages, [m.key for m in messages], bodies, headers)
 
 
 def without_body(records: Records) -> Records:

@@ -361,9 +361,12 @@ class Pipeline:
             self.bell.wait(wake - now)
 
     def _pump(self, finished: Callable[[], bool], budget: float) -> None:
-        """Bring what is in flight to its end without receiving, until `finished` or the budget is spent."""
+        """Bring what is in flight to its end without receiving, until `finished` or the budget is spent.
+
+        What is in flight and not here yet is still in the source: no pumping will finish it.
+        """
         until = self._clock() + budget
-        while not finished() and self._clock() < until:
+        while not finished() and not self.drained() and self._clock() < until:
             self._stepped_at = self._clock()
             moved = self._collect()
             self._delivery.drain()
@@ -447,7 +450,8 @@ class Pipeline:
         self._largest = max(1, largest, self._largest // 2)
         faults: list[wire.Fault] = []
         deadlines: dict[int, float] = {}
-        if largest > self._limits.max_message_bytes or Unreadable in set(map(type, messages)):
+        unreadable = any(issubclass(kind, Unreadable) for kind in set(map(type, messages)))
+        if unreadable or largest > self._limits.max_message_bytes:
             messages = self._readable(messages, faults)
         if any(m.headers for m in messages):
             messages = self._controlled(messages, faults, deadlines, now)

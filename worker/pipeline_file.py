@@ -37,7 +37,7 @@ from inferbus.worker.settings import (
 
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML was built with it
 
-_LATER_KEYS = {(key,) for key in ("claim_check", "shadow")}
+_LATER_KEYS = {("shadow",)}
 _LATER_VALUES = {
     ("requests", "format"): ("avro", "protobuf", "jsonschema"),
     ("delivery",): ("exactly-once",),

@@ -24,6 +24,7 @@ from pydantic import (
 from inferbus.connectors.settings import (
     Count,
     Duration,
+    Endpoint,
     FilePath,
     FileSinkSettings,
     FileSourceSettings,
@@ -270,6 +271,41 @@ class RepliesSettings(Settings):
     )
 
 
+S3Place = Annotated[
+    str,
+    matching(
+        r"s3://[A-Za-z0-9][A-Za-z0-9._-]{2,254}(/(?!\.{0,2}(/|$))[^/?#\x00-\x1f]+)*/?",
+        "s3://bucket or s3://bucket/prefix, with no part of it empty, '.' or '..'",
+    ),
+]
+"""A bucket, or a folder in it."""
+
+
+class ClaimCheckSettings(Settings):
+    """Bodies that lie in S3 while the bus carries where."""
+
+    allow: Annotated[tuple[S3Place, ...], Field(min_length=1)] = Field(
+        # A place comes with a message: without a list anyone could have us read anything we may.
+        description="Places from which a message may have its body: `s3://bucket/prefix`, all that lies below."
+    )
+    over: Size = Field(
+        # SQS and a Kafka broker as it comes take 1 MiB; headers need some of it.
+        default="512KiB",
+        validate_default=True,
+        description="A larger prediction goes to S3, and only where it lies to a bus.",
+    )
+    delete: bool = Field(
+        default=False, description="Delete an object once its request is answered, unless with an error."
+    )
+    to: S3Place = Field(default="", description="Where large predictions go. Default: the first place of `allow`.")
+    region: Text | None = Field(default=None, description="AWS region. Default: that of the environment.")
+    endpoint_url: Endpoint | None = Field(default=None, description="Where S3 is, if not at AWS.")
+
+    def completed(self) -> Self:
+        """With the place where predictions go."""
+        return self.model_copy(update={"to": self.to or self.allow[0]})
+
+
 class RetrySettings(Settings):
     """How long to keep trying when a dependency is away."""
 
@@ -338,6 +374,9 @@ class PipelineSettings(Settings):
     replies: RepliesSettings | None = Field(
         default=None, description="Who is answered directly, beside the sinks. Default: nobody."
     )
+    claim_check: ClaimCheckSettings | None = Field(
+        default=None, description="Bodies that lie in S3 while the bus carries where. Default: none do."
+    )
     retry: RetrySettings = Field(default_factory=RetrySettings, description="How long to keep trying.")
     non_finite: Literal["error", "allow"] = Field(
         # JSON has no NaN, and a NaN that passes for a prediction is found weeks later.
@@ -378,6 +417,7 @@ def completed(settings: PipelineSettings) -> PipelineSettings:
             "source": settings.source.model_copy(update={kind: source}),
             "sink": tuple(_fitting(sink, flow) for sink in sinks),
             "errors": tuple(_fitting(like_the_source(sink), flow) for sink in errors),
+            "claim_check": settings.claim_check and settings.claim_check.completed(),
             "flow": flow,
         }
     )
