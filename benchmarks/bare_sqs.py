@@ -1,6 +1,7 @@
 """The bare loop for SQS, on aiobotocore: receive, decode, predict, send, delete, ten at a time in `--receivers` tasks.
 
-No headers, no validation, no renewals, no look at failures of single entries. Ends after `--messages`.
+No headers, no validation, no renewals, no look at failures of single entries. Ends after `--messages`. With `--headers`
+each answer has the five that Inferbus gives a prediction.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
 
+HEADERS = {
+    "inferbus-id": "01234567-89ab-cdef-0123-456789abcdef",
+    "inferbus-status": "ok",
+    "inferbus-model": "tiny@0123456789ab",
+    "inferbus-timing": '{"batch":"1a2b3-abcdef-123","rows":10,"predict_ms":0.123,"worker":"1a2b3-abcdef"}',
+    "content-type": "application/json",
+}
+
+
 async def main() -> None:
     """Serve `--messages` requests and end."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -27,7 +37,10 @@ async def main() -> None:
     parser.add_argument("--messages", type=int, required=True)
     parser.add_argument("--rows", type=int)  # told to every worker; a call brings ten
     parser.add_argument("--receivers", type=int, required=True)
+    parser.add_argument("--headers", action="store_true")
     args = parser.parse_args()
+    attributes = {name: {"DataType": "String", "StringValue": value} for name, value in HEADERS.items()}
+    shared: dict[str, Any] = {"MessageAttributes": attributes} if args.headers else {}
 
     options = ort.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -54,7 +67,7 @@ async def main() -> None:
                 for i, row in enumerate(zip(*answers, strict=True)):
                     told = [{"name": n, "data": a} for n, a in zip(outputs, row, strict=True)]
                     body = orjson.dumps({"id": str(i), "outputs": told}).decode()
-                    entries.append({"Id": str(i), "MessageBody": body})
+                    entries.append({"Id": str(i), "MessageBody": body, **shared})
                 await client.send_message_batch(QueueUrl=sink, Entries=entries)
                 done = [{"Id": str(i), "ReceiptHandle": m["ReceiptHandle"]} for i, m in enumerate(messages)]
                 await client.delete_message_batch(QueueUrl=source, Entries=done)
