@@ -16,7 +16,6 @@ import orjson
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
-
 HEADERS = {
     "inferbus-id": "01234567-89ab-cdef-0123-456789abcdef",
     "inferbus-status": "ok",
