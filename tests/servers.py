@@ -12,10 +12,11 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import botocore.session
 import pika
@@ -25,11 +26,6 @@ from confluent_kafka.cimpl import NewTopic
 
 from deploy.local import servers
 
-_KAFKA = servers.SERVERS["kafka"]
-_RABBITMQ = servers.SERVERS["rabbitmq"]
-_SQS = servers.SERVERS["sqs"]
-_TOXIPROXY = servers.SERVERS["toxiproxy"]
-
 
 def await_silence(port: int) -> None:
     """Return when nothing answers on the port any more."""
@@ -37,6 +33,62 @@ def await_silence(port: int) -> None:
     while answers:
         with socket.socket() as probe:
             answers = probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Own:
+    """A server of one's own, which keeps its port and what it holds through `kill` and `restart`."""
+
+    def __init__(self, server: servers.Server) -> None:
+        self._server = server
+        self._ports = servers.free_ports(server.port_count)
+        self._folder = servers.new_folder(server.name)
+        self._running: servers.Running | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it answers."""
+        return self._server.address.format(port=self._ports[0])
+
+    def start(self) -> None:
+        """Return once it answers. Raises NotInstalledError, StartError."""
+        # Packages of the operating system are installed unasked only where a machine is thrown away after.
+        program = self._server.install("CI" in os.environ)
+        self._running = servers.launch(self._server, program, ports=self._ports, folder=self._folder)
+        servers.await_ready(self._running)
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), and return when nothing answers on its port any more."""
+        if self._running:
+            self._running.kill()
+            await_silence(self._ports[0])  # its processes are several, and end one after the other
+
+    def restart(self) -> None:
+        """Kill it if it runs, and start it again on the same port with what it held."""
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        """Kill it and delete what it held."""
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+Started = TypeVar("Started", bound=Own)
+
+
+@contextlib.contextmanager
+def started(server: Started, name: str, instead: str) -> Iterator[Started]:
+    """The server, running; where it cannot be had, the test is skipped at a desk and fails in CI."""
+    try:
+        server.start()
+        yield server
+    except servers.NotInstalledError as error:
+        reason = f"{name} is not here: {error}"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(f"{reason}; {instead}")
+    finally:
+        server.close()
 
 
 class Kafka:
@@ -62,56 +114,17 @@ class Kafka:
         raise TimeoutError(f"{name} was made, but its partitions have no leader")
 
 
-class KafkaServer(Kafka):
-    """An Apache Kafka of one's own, which keeps its port and its messages through `kill` and `restart`.
-
-    `properties` override those of `deploy/local/servers.py`, in the same spelling.
-    """
+class KafkaServer(Own, Kafka):
+    """An Apache Kafka of one's own. `properties` override those of `deploy/local/servers.py`, in the same spelling."""
 
     def __init__(self, **properties: str) -> None:
-        self._server = replace(_KAFKA, command=partial(servers.kafka_command, extra=properties))
-        self._ports = servers.free_ports(_KAFKA.port_count)
-        self._folder = servers.new_folder("kafka")
-        self._running: servers.Running | None = None
-        super().__init__(f"127.0.0.1:{self._ports[0]}")
-
-    def start(self) -> None:
-        """Return once it answers. Raises NotInstalledError, StartError."""
-        # Packages of the operating system are installed unasked only where a machine is thrown away after.
-        program = self._server.install("CI" in os.environ)
-        self._running = servers.launch(self._server, program, ports=self._ports, folder=self._folder)
-        servers.await_ready(self._running)
-
-    def kill(self) -> None:
-        """End it at once (SIGKILL), and return when it has ended."""
-        if self._running:
-            self._running.kill()
-
-    def restart(self) -> None:
-        """Kill it if it runs, and start it again on the same port with the same messages."""
-        self.kill()
-        self.start()
-
-    def close(self) -> None:
-        """Kill it and delete its messages."""
-        self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        Own.__init__(self, replace(servers.SERVERS["kafka"], command=partial(servers.kafka_command, extra=properties)))
+        Kafka.__init__(self, self.place)
 
 
-@contextlib.contextmanager
-def started_kafka(**properties: str) -> Iterator[KafkaServer]:
-    """A server that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
-    server = KafkaServer(**properties)
-    try:
-        server.start()
-        yield server
-    except servers.NotInstalledError as error:
-        reason = f"Apache Kafka is not here: {error}"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(f"{reason}; or set INFERBUS_TEST_KAFKA=host:port")
-    finally:
-        server.close()
+def started_kafka(**properties: str) -> AbstractContextManager[KafkaServer]:
+    """An Apache Kafka that runs."""
+    return started(KafkaServer(**properties), "Apache Kafka", "or set INFERBUS_TEST_KAFKA=host:port")
 
 
 class RabbitMQ:
@@ -140,63 +153,26 @@ class RabbitMQ:
         return name
 
 
-class RabbitMQServer(RabbitMQ):
-    """A RabbitMQ of one's own, which keeps its port and its messages through `kill` and `restart`.
-
-    `settings` are lines of rabbitmq.conf, by name.
-    """
+class RabbitMQServer(Own, RabbitMQ):
+    """A RabbitMQ of one's own. `settings` are lines of rabbitmq.conf, by name."""
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         self._settings = settings or {}
-        self._server = replace(_RABBITMQ, command=self._command)
-        self._ports = servers.free_ports(_RABBITMQ.port_count)
-        self._folder = servers.new_folder("rabbitmq")
-        self._running: servers.Running | None = None
-        super().__init__(_RABBITMQ.address.format(port=self._ports[0]))
+        self._plain = servers.SERVERS["rabbitmq"]
+        Own.__init__(self, replace(self._plain, command=self._command))
+        RabbitMQ.__init__(self, self.place)
 
     def _command(self, program: Path, folder: Path, ports: list[int]) -> list[str]:
-        command = _RABBITMQ.command(program, folder, ports)
+        command = self._plain.command(program, folder, ports)
         with (folder / "rabbitmq.conf").open("a") as conf:
             conf.writelines(f"{name} = {value}\n" for name, value in self._settings.items())
         return command
 
-    def start(self) -> None:
-        """Return once it answers. Raises NotInstalledError, StartError."""
-        program = self._server.install("CI" in os.environ)
-        self._running = servers.launch(self._server, program, ports=self._ports, folder=self._folder)
-        servers.await_ready(self._running)
 
-    def kill(self) -> None:
-        """End it at once (SIGKILL), and return when nothing answers on its port any more."""
-        if self._running:
-            self._running.kill()
-        await_silence(self._ports[0])  # its processes are several, and end one after the other
-
-    def restart(self) -> None:
-        """Kill it if it runs, and start it again on the same port with the same messages."""
-        self.kill()
-        self.start()
-
-    def close(self) -> None:
-        """Kill it and delete its messages."""
-        self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def started_rabbitmq(settings: Mapping[str, str] | None = None) -> Iterator[RabbitMQServer]:
-    """A server that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
-    server = RabbitMQServer(settings)
-    try:
-        server.start()
-        yield server
-    except servers.NotInstalledError as error:
-        reason = f"RabbitMQ is not here: {error}"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(f"{reason}; or set INFERBUS_TEST_RABBITMQ=amqp://user:password@host:port/")
-    finally:
-        server.close()
+def started_rabbitmq(settings: Mapping[str, str] | None = None) -> AbstractContextManager[RabbitMQServer]:
+    """A RabbitMQ that runs."""
+    instead = "or set INFERBUS_TEST_RABBITMQ=amqp://user:password@host:port/"
+    return started(RabbitMQServer(settings), "RabbitMQ", instead)
 
 
 class Sqs:
@@ -230,48 +206,22 @@ class Sqs:
         self.client.close()
 
 
-class SqsServer(Sqs):
-    """An ElasticMQ of one's own, which keeps its port, its queues and their messages through `kill` and `start`."""
+class SqsServer(Own, Sqs):
+    """An ElasticMQ of one's own."""
 
     def __init__(self) -> None:
-        self._ports = servers.free_ports(_SQS.port_count)
-        self._folder = servers.new_folder("sqs")
-        self._running: servers.Running | None = None
-        super().__init__(_SQS.address.format(port=self._ports[0]))
-
-    def start(self) -> None:
-        """Return once it answers. Raises NotInstalledError, StartError."""
-        program = _SQS.install("CI" in os.environ)
-        self._running = servers.launch(_SQS, program, ports=self._ports, folder=self._folder)
-        servers.await_ready(self._running)
-
-    def kill(self) -> None:
-        """End it at once (SIGKILL), and return when nothing answers on its port any more."""
-        if self._running:
-            self._running.kill()
-        await_silence(self._ports[0])  # its first thread is gone before the others
+        Own.__init__(self, servers.SERVERS["sqs"])
+        Sqs.__init__(self, self.place)
 
     def close(self) -> None:
-        """Kill it and delete its messages."""
-        super().close()
-        self.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """End it, and the client."""
+        Sqs.close(self)
+        Own.close(self)
 
 
-@contextlib.contextmanager
-def started_sqs() -> Iterator[SqsServer]:
-    """An ElasticMQ that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
-    server = SqsServer()
-    try:
-        server.start()
-        yield server
-    except servers.NotInstalledError as error:
-        reason = f"ElasticMQ is not here: {error}"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(f"{reason}; or set INFERBUS_TEST_SQS=http://host:port")
-    finally:
-        server.close()
+def started_sqs() -> AbstractContextManager[SqsServer]:
+    """An ElasticMQ that runs."""
+    return started(SqsServer(), "ElasticMQ", "or set INFERBUS_TEST_SQS=http://host:port")
 
 
 class S3:
@@ -304,27 +254,22 @@ class S3:
         self.client.close()
 
 
-@contextlib.contextmanager
-def started_s3() -> Iterator[S3]:
-    """An S3 that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
-    server = servers.SERVERS["s3"]
-    folder = servers.new_folder("s3")
-    running: servers.Running | None = None
-    try:
-        program = server.install("CI" in os.environ)
-        running = servers.launch(server, program, ports=servers.free_ports(server.port_count), folder=folder)
-        servers.await_ready(running)
-        with contextlib.closing(S3(running.address)) as s3:
-            yield s3
-    except servers.NotInstalledError as error:
-        reason = f"versitygw is not here: {error}"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(f"{reason}; or set INFERBUS_TEST_S3=http://host:port")
-    finally:
-        if running is not None:
-            running.discard()
-        shutil.rmtree(folder, ignore_errors=True)
+class S3Server(Own, S3):
+    """A versitygw of one's own."""
+
+    def __init__(self) -> None:
+        Own.__init__(self, servers.SERVERS["s3"])
+        S3.__init__(self, self.place)
+
+    def close(self) -> None:
+        """End it, and the client."""
+        S3.close(self)
+        Own.close(self)
+
+
+def started_s3() -> AbstractContextManager[S3Server]:
+    """A versitygw that runs."""
+    return started(S3Server(), "versitygw", "or set INFERBUS_TEST_S3=http://host:port")
 
 
 class Proxy:
@@ -392,22 +337,14 @@ class Toxiproxy:
             assert answer.status < 300, answer.read().decode()
 
 
-@contextlib.contextmanager
-def started_toxiproxy() -> Iterator[Toxiproxy]:
-    """A toxiproxy that runs; where it cannot be had, the test is skipped at a desk and fails in CI."""
-    folder = servers.new_folder("toxiproxy")
-    running: servers.Running | None = None
-    try:
-        program = _TOXIPROXY.install("CI" in os.environ)
-        running = servers.launch(_TOXIPROXY, program, ports=servers.free_ports(_TOXIPROXY.port_count), folder=folder)
-        servers.await_ready(running)
-        yield Toxiproxy(running.address)
-    except servers.NotInstalledError as error:
-        reason = f"toxiproxy is not here: {error}"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    finally:
-        if running is not None:
-            running.discard()
-        shutil.rmtree(folder, ignore_errors=True)
+class ToxiproxyServer(Own, Toxiproxy):
+    """A toxiproxy of one's own."""
+
+    def __init__(self) -> None:
+        Own.__init__(self, servers.SERVERS["toxiproxy"])
+        Toxiproxy.__init__(self, self.place)
+
+
+def started_toxiproxy() -> AbstractContextManager[ToxiproxyServer]:
+    """A toxiproxy that runs."""
+    return started(ToxiproxyServer(), "toxiproxy", "no other is used in its place")
