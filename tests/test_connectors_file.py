@@ -34,6 +34,7 @@ def always() -> bool:
 
 
 def lines(path: Path, *bodies: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"".join(body + b"\n" for body in bodies))
     return path
 
@@ -121,6 +122,11 @@ def test_how_much_is_left_is_told_in_lines(tmp_path: Path) -> None:
     source.close()
 
 
+def saved(folder: Path, name: str) -> None:
+    rows = {"in": [3, 3, 99, None]}
+    (folder / "p").write_bytes(orjson.dumps({"place": str(folder / name), "rows": rows}))
+
+
 @pytest.mark.parametrize(
     ("prepare", "why"),
     [
@@ -131,9 +137,14 @@ def test_how_much_is_left_is_told_in_lines(tmp_path: Path) -> None:
         ),
         (lambda folder: (lines(folder / "in"), (folder / "p").write_text("{}")), "cannot be read as the progress"),
         (
-            lambda folder: (lines(folder / "in"), (folder / "p").write_text('{"rows": {"in": [3, 3, 99, null]}}')),
+            lambda folder: (lines(folder / "in"), saved(folder, "in")),
             "is shorter than .*/p says was read of it; delete that to begin anew",
         ),
+        (
+            lambda folder: (lines(folder / "in"), saved(folder, "other/in")),
+            "p: is the progress of .*/other/in, not of .*/in; name another `progress`$",
+        ),
+        (lambda folder: lines(folder / "in" / os.fsdecode(b"\xff.jsonl")), r"^file:in: '.udcff.jsonl' is not UTF-8"),
     ],
 )
 def test_a_job_that_cannot_begin_says_why(tmp_path: Path, prepare: Callable[[Path], Any], why: str) -> None:

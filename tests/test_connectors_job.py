@@ -18,7 +18,7 @@ import pytest
 from inferbus.connectors.base import Bell, Headers, Message, Misconfigured, Sink, Source, Unavailable
 from inferbus.connectors.file import Files, Folder
 from inferbus.connectors.job import JobSource
-from inferbus.connectors.request_rows import SUFFIXES, Chunk, Format, JsonLines, Known, Parquet, Rows
+from inferbus.connectors.request_rows import SUFFIXES, Chunk, Format, JsonLines, Known, Parquet, TableRows
 from inferbus.connectors.s3_files import RANGE, Objects
 from tests.connector_contract import PATIENCE, ConnectorContract, Place, Seen, no_drain, opened, receive, settle
 from tests.servers import S3, Toxiproxy
@@ -161,12 +161,12 @@ class TablesContract(ListedContract):
 class Bare(Parquet):
     """A table of one column whose bodies are told without the object around it, for tests that know of no columns."""
 
-    def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> Rows:
+    def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> BareRows:  # type: ignore[override]
         return BareRows(super().rows(where, file, size, row, known))
 
 
 class BareRows:
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: TableRows) -> None:
         self._rows = rows
         self.close = rows.close
 
