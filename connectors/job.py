@@ -195,7 +195,7 @@ class JobSource:
     def _check_name(self, name: str) -> None:
         """Objects are named for the file, and its errors say it: another's name, or none at all, will not do."""
         if not {"", ".", ".."}.isdisjoint(name.split("/")):
-            raise Misconfigured(f"{self._place.where(name)}: has an empty part in its name; expected none")
+            raise Misconfigured(f'{self.name}: "{name}" has an empty part; expected a name without')
         try:
             name.encode()
         except UnicodeEncodeError:

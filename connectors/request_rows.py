@@ -534,7 +534,7 @@ def _decoded(batch: Any) -> Any:
 def _fitting(batch: Any) -> int:
     """How many rows like these are a batch."""
     most, size = BATCH
-    return max(1, min(most, size * batch.num_rows // max(1, batch.nbytes)))
+    return max(1, min(most, size * len(batch) // max(1, int(batch.nbytes))))
 
 
 def _bodies(batch: Any, inputs: Sequence[str]) -> tuple[list[bytes], dict[int, str]]:
