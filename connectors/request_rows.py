@@ -35,8 +35,8 @@ SUFFIXES: Mapping[FormatName, tuple[str, ...]] = {
 }
 BUFFER = 2**20  # bytes read at once
 CHUNK_BYTES = 8 * 2**20  # of lines that are read at once, about
-PIECE = 2**17  # bytes of a line that are read at once
-PIECES = 64  # so many of them
+PIECE = 2**13  # bytes of a line that are read at once
+PIECES = 1024  # so many of them
 BATCH = 1024, 4 * 2**20  # rows and about as many bytes of a table that are in memory at once
 FIRST = 16  # rows of a table that are read to learn how large they are
 FOOTER = 2**16  # bytes in which a table's description mostly fits
@@ -183,10 +183,10 @@ class Cut:
             pieces = list(islice(self._pieces, count))
             self.ended = len(pieces) < count
             sizes = list(map(len, pieces))
-            looked += sum(sizes)
+            looked += (total := sum(sizes))
             if not self._size and max(sizes, default=0) < PIECE:
                 lines += pieces  # the usual case: each is a line
-                size += sum(sizes)
+                size += total
             else:
                 size += self._join(pieces, lines)
         if self.ended and self._size:
@@ -282,7 +282,7 @@ class PackedLines(Lines):
 
 def _requests(lines: Sequence[bytes | None], first: int, end: Known, longest: int) -> Chunk:
     rows: Sequence[int] = range(first, end.row)
-    if None in lines:
+    if not all(lines):  # a line has its end at least
         wrong: Wrong = "too_large", f"the line has more than {longest} bytes (flow.max_message_bytes)"
         extra: list[Extra] = [(None, None, (), wrong if line is None else None) for line in lines]
         kept = [i for i, line in enumerate(lines) if line is None or line.strip()]
