@@ -10,6 +10,7 @@ Invariant: progress is written only for rows whose outcomes are durable, and nev
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections import deque
@@ -144,6 +145,7 @@ class JobSource:
         self._rows: Rows | None = None  # of the first that is unread
         self._saved: Progress = {}
         self._bell = Bell()
+        self._lock: int | None = None
         self._save_at = 0.0
         self._problem: str | None = None
         self._closed = False
@@ -154,18 +156,20 @@ class JobSource:
         """Find the files, and where the last run of this job has come to.
 
         Raises:
-            Unavailable: The place is away, or the progress file cannot be read and written.
+            Unavailable: The place is away, or the progress file cannot be read and written, or is another worker's.
             Misconfigured: There is no file, not a row of the first can be read, or the progress file is not ours.
         """
         self._bell = bell
-        self._saved = self._load()
         try:
+            self._take_lock()
+            self._saved = self._load()
             files = self._fitting(self._place.open(bell))
             parts = [self._begun(file) for file in files]
             self._form.check(self._place.where(files[0].name), partial(self._place.tail, files[0]))
             if isinstance(why := self._save(self._saved), str):
                 raise Unavailable(why)  # better now than when rows have gone out
         except ConnectorError:
+            self._give_lock()
             self._place.close()
             raise
         self._parts = parts
@@ -212,6 +216,22 @@ class JobSource:
                 f"{where}: is shorter than {self._progress} says was read of it; delete that to begin anew"
             )
         return Part(file, row, Known(*known))
+
+    def _take_lock(self) -> None:
+        """Have the progress to ourselves: of two that write it one would move it back."""
+        path = self._progress.with_name(f".{self._progress.name}.lock")
+        try:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(f"{self._progress}: another worker is at this job; let it end") from None
+        except OSError as error:
+            raise Unavailable(f"{self._progress}: cannot be written: {error.strerror}") from None
+
+    def _give_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _load(self) -> Progress:
         try:
@@ -451,6 +471,7 @@ class JobSource:
                 self._saved_at(moved, self._save(self._places(moved)))
             self._clerk.close()
             self._place.close()
+            self._give_lock()
 
 
 def _bytes(messages: Sequence[Message]) -> int:

@@ -93,7 +93,10 @@ def test_the_next_run_begins_where_this_one_was_settled(tmp_path: Path) -> None:
     messages = rest(source)
     save(source, messages[:4] + messages[5:7])
     assert source.inflight()[0] == 10 - 3  # chunks of three are freed whole
+    with pytest.raises(Unavailable, match=r"p: another worker is at this job; let it end$"):
+        begun(path, progress)
     source._close_rows()  # as in a crash: nothing is saved that was not
+    source._give_lock()
     source = begun(path, progress)
     again = rest(source)
     assert [m.body for m in again] == [b"%d" % i for i in range(4, 10)]

@@ -65,6 +65,7 @@ class JobPlace(Place):
         assert isinstance(source, JobSource)
         source._close_rows()
         source._place.close()
+        source._give_lock()
 
 
 class FilePlace(JobPlace):
