@@ -11,13 +11,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
-from inferbus.connectors.base import Bell, Misconfigured, Unavailable
-from inferbus.connectors.job import Found, written_whole
+from inferbus.connectors.base import Bell, Fatal, Misconfigured, Unavailable
+from inferbus.connectors.job import Found, synced, written_whole
+from inferbus.connectors.objects import Make
 from inferbus.connectors.request_rows import BUFFER
+from inferbus.connectors.settings import normalised
 
 BACKOFF = (0.1, 10.0)  # seconds between tries, the first and the longest
 
@@ -31,6 +33,7 @@ class Files:
 
     def __init__(self, path: Path) -> None:
         self.name = f"file:{path.name}"  # not where it lies: it is in every error record
+        self.whereabouts = str(normalised(path))
         self._path = path
         self._folder = path.parent
 
@@ -53,15 +56,14 @@ class Files:
 
     def _walked(self) -> list[Path]:
         files: list[Path] = []
-        for folder, inside, names in os.walk(self._path):
+        for folder, inside, names in os.walk(self._path, onerror=_raised):
             inside[:] = [name for name in inside if name[0] not in "._"]
             files += [path for name in names if name[0] not in "._" and (path := Path(folder, name)).is_file()]
         return files
 
     def _found(self, path: Path) -> Found:
-        name, size = path.relative_to(self._folder).as_posix(), path.stat().st_size
-        # Lines are added at the end of a file; packed ones and tables are written at once.
-        return Found(name, size, f"{size} bytes" if name.endswith((".gz", ".parquet")) else None)
+        name, status = path.relative_to(self._folder).as_posix(), path.stat()
+        return Found(name, status.st_size, f"{status.st_size} bytes at {status.st_mtime_ns}", grows=True)
 
     def tail(self, file: Found, size: int) -> bytes:
         """See `Place`."""
@@ -111,9 +113,9 @@ class Folder:
         self.name = f"file:{path}"
         self._path = path
         self._problem: str | None = None
+        self._broken: Exception | None = None
         self._closing = False
-        self._puts: SimpleQueue[tuple[str, Callable[[], bytes], Callable[[], None], Callable[[], bool]] | None]
-        self._puts = SimpleQueue()
+        self._puts: SimpleQueue[tuple[Path, Make, Callable[[], None], Callable[[], bool]] | None] = SimpleQueue()
         self._done: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="folder", daemon=True)
 
@@ -134,31 +136,45 @@ class Folder:
         if not self._thread.is_alive():
             self._thread.start()
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
-        """See `Shelf`."""
-        self._puts.put((name, make, done, wanted))
+    def put(self, name: str, make: Make, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+        """See `Shelf`.
+
+        Raises:
+            Fatal: That is no place in this folder.
+        """
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise Fatal(f"{self.name}: an object called {name!r} would lie elsewhere")
+        self._puts.put((self._path / inside, make, done, wanted))
 
     def tick(self) -> None:
         """See `Shelf`."""
         while self._done:
             self._done.popleft()()
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            raise Fatal(f"{self.name}: an object cannot be written: {broken!r}")
 
     def _run(self) -> None:
         while (put := self._puts.get()) is not None:
-            name, make, done, wanted = put
-            if self._stored(self._path / name, make(), wanted):
+            path, make, done, wanted = put
+            try:
+                stored = self._stored(path, make(), wanted)
+            except Exception as error:  # noqa: BLE001 - else this thread would end, and the pipeline wait for ever
+                self._broken = error
+                stored = False
+            if stored:
                 self._done.append(done)
-                self._bell.ring()
+            self._bell.ring()
 
-    def _stored(self, path: Path, content: bytes, wanted: Callable[[], bool]) -> bool:
+    def _stored(self, path: Path, content: bytes | None, wanted: Callable[[], bool]) -> bool:
         """Whether nobody need wait for it any more: it is there, or not wanted."""
         pause, longest = BACKOFF
         while not self._closing:
             try:
                 if not wanted():
                     return True
-                path.parent.mkdir(parents=True, exist_ok=True)
-                written_whole(path, content)
+                _place(path, content)
             except OSError as error:
                 self._problem = f"{path.parent}: cannot be written: {error.strerror}"
                 time.sleep(pause)
@@ -178,4 +194,18 @@ class Folder:
         with contextlib.suppress(RuntimeError):  # never started
             self._thread.join(timeout)
         self._closing = True
-        self.tick()
+        while self._done:
+            self._done.popleft()()
+
+
+def _raised(error: OSError) -> NoReturn:
+    raise error
+
+
+def _place(path: Path, content: bytes | None) -> None:
+    if content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written_whole(path, content)
+    elif path.exists():
+        path.unlink()
+        synced(path.parent)

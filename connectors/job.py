@@ -10,6 +10,7 @@ Invariant: progress is written only for rows whose outcomes are durable, and nev
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby, repeat
 from operator import itemgetter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import orjson
@@ -45,10 +46,13 @@ class Found(NamedTuple):
     size: int
 
     version: str | None
-    """Changes when the content does; None where a file may grow while it is read."""
+    """Changes when the content does; None where a file grows while it is read."""
 
     chosen: bool = False
     """The user named this very file, whatever it is called."""
+
+    grows: bool = False
+    """Something may be added to it, if its format is such."""
 
 
 class Place(Protocol):
@@ -56,6 +60,9 @@ class Place(Protocol):
 
     name: str
     """Metric label."""
+
+    whereabouts: str
+    """Where that is, in full; the names of files say no more than where in the place they are."""
 
     def open(self, bell: Bell) -> list[Found]:
         """Everything there, in the order of names, without what begins with `_` or `.`, as readers of data sets do.
@@ -137,6 +144,8 @@ class JobSource:
         self._active: dict[Part, None] = {}  # those in flight, of perhaps thousands
         self._rows: Rows | None = None  # of the first that is unread
         self._saved: Progress = {}
+        self._bell = Bell()
+        self._lock: int | None = None
         self._save_at = 0.0
         self._problem: str | None = None
         self._closed = False
@@ -147,15 +156,20 @@ class JobSource:
         """Find the files, and where the last run of this job has come to.
 
         Raises:
-            Unavailable: The place is away.
+            Unavailable: The place is away, or the progress file cannot be read and written, or is another worker's.
             Misconfigured: There is no file, not a row of the first can be read, or the progress file is not ours.
         """
-        self._saved = self._load()
+        self._bell = bell
         try:
+            self._take_lock()
+            self._saved = self._load()
             files = self._fitting(self._place.open(bell))
             parts = [self._begun(file) for file in files]
             self._form.check(self._place.where(files[0].name), partial(self._place.tail, files[0]))
+            if isinstance(why := self._save(self._saved), str):
+                raise Unavailable(why)  # better now than when rows have gone out
         except ConnectorError:
+            self._give_lock()
             self._place.close()
             raise
         self._parts = parts
@@ -175,7 +189,21 @@ class JobSource:
                 if count := formats.count(other):
                     why += f"; {count} are for `format: {other}`: set that"
             raise Misconfigured(f"{self.name}: {why}")
-        return fitting
+        for file in fitting:
+            self._check_name(file.name)
+        # What must be read from its beginning was written at once.
+        return [
+            file._replace(version=None) if file.grows and self._form.seekable(file.name) else file for file in fitting
+        ]
+
+    def _check_name(self, name: str) -> None:
+        """Objects are named for the file, and its errors say it: another's name, or none at all, will not do."""
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise Misconfigured(f'{self.name}: "{name}" has an empty part; expected a name without')
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise Misconfigured(f"{self.name}: {name!a} is not UTF-8; expected names that are") from None
 
     def _begun(self, file: Found) -> Part:
         """A file, from where the last run has come to."""
@@ -189,19 +217,42 @@ class JobSource:
             )
         return Part(file, row, Known(*known))
 
+    def _take_lock(self) -> None:
+        """Have the progress to ourselves: of two that write it one would move it back."""
+        path = self._progress.with_name(f".{self._progress.name}.lock")
+        try:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(f"{self._progress}: another worker is at this job; let it end") from None
+        except OSError as error:
+            raise Unavailable(f"{self._progress}: cannot be written: {error.strerror}") from None
+
+    def _give_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def _load(self) -> Progress:
         try:
-            saved = orjson.loads(self._progress.read_bytes())["rows"]
-            return {
+            saved = orjson.loads(self._progress.read_bytes())
+            place = str(saved["place"])
+            progress: Progress = {
                 str(name): (int(row), int(before), int(byte), None if version is None else str(version))
-                for name, (row, before, byte, version) in saved.items()
+                for name, (row, before, byte, version) in saved["rows"].items()
             }
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except OSError as error:
+            raise Unavailable(f"{self._progress}: cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise Misconfigured(
                 f"{self._progress}: cannot be read as the progress of a job; delete it to begin anew"
             ) from None
+        if progress and place != self._place.whereabouts:
+            own = self._place.whereabouts
+            raise Misconfigured(f"{self._progress}: is the progress of {place}, not of {own}; name another `progress`")
+        return progress
 
     # Receiving
 
@@ -220,7 +271,7 @@ class JobSource:
         return []
 
     def _next(self, part: Part, limit: int) -> Chunk | None:
-        """The next rows of a file, none at its end; None while the file is on its way."""
+        """The next rows of a file, none at its end; None while they are on their way."""
         try:
             if self._rows is None:
                 self._rows = self._taken(part)
@@ -280,7 +331,7 @@ class JobSource:
         return [
             Message(given or own, key, body, headers, None, 1, (part, row))
             if wrong is None
-            else Unreadable(given or own, None, (part, row), "invalid_request", wrong, key, body)
+            else Unreadable(given or own, None, (part, row), *wrong, key, body, headers)
             for own, row, body, (given, key, headers, wrong) in zip(
                 ids, chunk.rows, chunk.bodies, chunk.extra, strict=True
             )
@@ -334,7 +385,7 @@ class JobSource:
     def _save(self, places: Progress) -> Progress | str:
         """On the clerk's thread: what is saved now, or why it is not."""
         try:
-            written_whole(self._progress, orjson.dumps({"rows": places}))
+            written_whole(self._progress, orjson.dumps({"place": self._place.whereabouts, "rows": places}))
         except OSError as error:
             return f"{self._progress}: cannot be written: {error.strerror}"
         return places
@@ -367,16 +418,18 @@ class JobSource:
         part = PART(messages[0].receipt)
         if part.gaps.unconfirmed() is not None:
             return None
-        path = PurePosixPath(part.file.name)
         # Its suffix too, for `a.jsonl` and `a.ndjson` are two; but a folder is not to be taken for a file of that kind.
-        folder = path.with_name(f"{path.stem}-{path.suffix[1:]}".rstrip("-"))
+        stem, _, suffix = part.file.name.rpartition(".")
+        folder = f"{stem}-{suffix}" if stem else suffix
         name = f"{folder}/{part.gaps.position or 0:012}"
         return name, part.gaps.run([ROW(m.receipt) for m in messages], messages)
 
     # Asked by others
 
     def rest(self) -> None:
-        """What is on its way rings the bell; all else is there already."""
+        """A file that is on its way rings the bell; of one that is here, whatever is to be passed over takes steps."""
+        if self._rows is not None:
+            self._bell.ring()
 
     def ended(self) -> bool:
         """Every row has been received."""
@@ -418,6 +471,7 @@ class JobSource:
                 self._saved_at(moved, self._save(self._places(moved)))
             self._clerk.close()
             self._place.close()
+            self._give_lock()
 
 
 def _bytes(messages: Sequence[Message]) -> int:
@@ -432,7 +486,12 @@ def written_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    synced(path.parent)
+
+
+def synced(path: Path) -> None:
+    """What a folder holds now is what it holds after a crash."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

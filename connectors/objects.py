@@ -6,6 +6,8 @@ come.
 
 Invariant: an object from a stream with an order is a run of it without gaps, and its name is where the stream would
 begin again after a crash, which the source vouches for: what is delivered again overwrites, and no row is doubled.
+A life before this one may have stored its last stretch and not have told the source: under the first name of each
+stream here every store has what is of this stretch now, or nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ LOOK = 0.02  # seconds between looks at a heap whose object must wait for the so
 ROW = 200  # bytes a row takes beside its outputs: names, headers, structure
 
 
+Make = Callable[[], bytes | None]
+
+
 class Shelf(Protocol):
     """Where objects are put: a folder, a bucket. Works on threads of its own, and tries again what fails."""
 
@@ -34,15 +39,19 @@ class Shelf(Protocol):
     def open(self, bell: Bell) -> None:
         """As of a sink."""
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+    def put(self, name: str, make: Make, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
         """Store what `make` answers under a name, durably, in place of what had it; then, from `tick`, call `done`.
 
-        `make` and `wanted` are called on another thread. `wanted` is asked before each try: once it says no nothing is
-        stored, for the name is another worker's by now.
+        Where `make` answers None nothing is to have that name. `make` and `wanted` are called on another thread.
+        `wanted` is asked before each try: once it says no nothing is stored, for the name is another worker's by now.
         """
 
     def tick(self) -> None:
-        """Call the `done` of what is durable."""
+        """Call the `done` of what is durable.
+
+        Raises:
+            Fatal: An object can never be stored, for a fault of ours.
+        """
 
     def healthy(self) -> str | None:
         """None when all is well, else what is wrong in a few words."""
@@ -115,8 +124,10 @@ class Gathering:
     def __init__(self, source: Source, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.hurry = False
+        self.stores: list[ObjectStore] = []
         self._source = source
         self._heaps: dict[Hashable, _Heap] = {}
+        self._begun: set[Hashable] = set()  # streams with an object
 
     def add(self, store: ObjectStore, records: Records, kept: Kept) -> None:
         """Put records on the heaps of their streams."""
@@ -165,6 +176,9 @@ class Gathering:
     def _put(self, stream: Hashable, name: str, sealed: Sequence[_Share]) -> None:
         """One object for each store; when all are there, whoever wrote the records learns of it."""
         stores = dict.fromkeys(share.store for share in sealed)
+        if stream is not None and stream not in self._begun:
+            self._begun.add(stream)
+            stores = dict.fromkeys(self.stores)  # a life before may have cut another stretch here, with rows for all
         first, void = sealed[0].messages()[0], self._source.void
         missing = set(stores)
 
@@ -174,7 +188,8 @@ class Gathering:
                 _tell(sealed)
 
         for store in stores:
-            records = Records.joined([share.taken() for share in sealed if share.store is store])
+            taken = [share.taken() for share in sealed if share.store is store]
+            records = Records.joined(taken) if taken else None
             store.put(name, records, partial(stored, store), lambda: stream is None or not void(first))
 
     def _without_void(self, shares: list[_Share]) -> list[_Share]:
@@ -220,6 +235,7 @@ class ObjectStore:
         self._shelf = shelf
         self._form = form
         self._opened = self._closed = False
+        gathering.stores.append(self)
 
     def open(self, bell: Bell) -> None:
         """Reach the shelf and see that it can be written."""
@@ -230,9 +246,10 @@ class ObjectStore:
         """Let records wait for their object."""
         self._gathering.add(self, records, kept)
 
-    def put(self, name: str, records: Records, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
-        """Store an object."""
-        self._shelf.put(name + self._form.suffix, lambda: self._form.encode(records), done, wanted)
+    def put(self, name: str, records: Records | None, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+        """Store an object; None: there is none of that name."""
+        make = partial(self._form.encode, records) if records is not None else _nothing
+        self._shelf.put(name + self._form.suffix, make, done, wanted)
 
     def drain(self) -> None:
         """Complete at the next tick what can be completed."""
@@ -256,6 +273,10 @@ class ObjectStore:
         if self._opened and not self._closed:
             self._closed = True
             self._shelf.close(timeout)
+
+
+def _nothing() -> None:
+    """The content of an object that is not there."""
 
 
 def _bytes(records: Records) -> float:

@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, cast
 
@@ -33,7 +34,11 @@ SUFFIXES: Mapping[FormatName, tuple[str, ...]] = {
     "parquet": (".parquet",),
 }
 BUFFER = 2**20  # bytes read at once
+CHUNK_BYTES = 8 * 2**20  # of lines that are read at once, about
+PIECE = 2**13  # bytes of a line that are read at once
+PIECES = 1024  # so many of them
 BATCH = 1024, 4 * 2**20  # rows and about as many bytes of a table that are in memory at once
+FIRST = 16  # rows of a table that are read to learn how large they are
 FOOTER = 2**16  # bytes in which a table's description mostly fits
 
 _NOT_TEXT = b"\xff"  # stands for bytes that are no text; in JSON it never stands for itself
@@ -46,7 +51,10 @@ class Known(NamedTuple):
     byte: int
 
 
-Extra = tuple[str | None, bytes | None, Headers, str | None]
+Wrong = tuple[Literal["too_large", "invalid_request"], str]
+"""Why a row cannot be a request: the code of its error, and its text."""
+
+Extra = tuple[str | None, bytes | None, Headers, Wrong | None]
 """Of a row: its id, its key, its headers, and why it cannot be a request."""
 
 
@@ -76,8 +84,8 @@ class Rows(Protocol):
     def left(self) -> int | None:
         """How many are not read yet, where the file says so."""
 
-    def read(self, limit: int) -> Chunk:
-        """At most `limit` rows more.
+    def read(self, limit: int) -> Chunk | None:
+        """At most `limit` rows more; None where those to be passed over take longer than a moment: ask again.
 
         Raises:
             OSError: It cannot be read now.
@@ -125,9 +133,16 @@ def format_of(name: str) -> FormatName | None:
 
 
 class JsonLines:
-    """A request body a line; files called `.gz` are unpacked."""
+    """A request body a line; files called `.gz` are unpacked.
+
+    Args:
+        max_message_bytes: A longer line is not read, and told as too large.
+    """
 
     name: FormatName = "jsonl"
+
+    def __init__(self, max_message_bytes: int = 16 * 2**20) -> None:
+        self._longest = max_message_bytes
 
     def seekable(self, name: str) -> bool:
         """See `Format`: all but what is packed."""
@@ -139,69 +154,141 @@ class JsonLines:
 
     def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> Rows:
         """See `Format`."""
-        return Lines(file, row, known) if self.seekable(where) else PackedLines(where, file, size, row)
+        if self.seekable(where):
+            return Lines(file, row, known, self._longest)
+        return PackedLines(where, file, size, row, self._longest)
+
+
+class Cut:
+    """The lines of a file, of any length, a bounded piece at a time.
+
+    Args:
+        file: At the beginning of a line.
+        longest: Bytes of a line, at most; of a longer one only that it is there.
+    """
+
+    def __init__(self, file: io.BufferedIOBase | BinaryIO, longest: int) -> None:
+        self.ended = False
+        self._pieces = iter(partial(file.readline, PIECE), b"")
+        self._longest = longest
+        self._begun: list[bytes] = []  # of a line that is not whole yet
+        self._size = 0  # bytes of that, also of those that are not kept
+
+    def read(self, limit: int) -> tuple[list[bytes | None], int]:
+        """At most `limit` lines more, None for one too long, and their bytes; fewer, even none, where they are long."""
+        lines: list[bytes | None] = []
+        size = looked = 0
+        while len(lines) < limit and looked < CHUNK_BYTES and not self.ended:
+            count = min(PIECES, limit - len(lines))
+            pieces = list(islice(self._pieces, count))
+            self.ended = len(pieces) < count
+            sizes = list(map(len, pieces))
+            looked += (total := sum(sizes))
+            if not self._size and max(sizes, default=0) < PIECE:
+                lines += pieces  # the usual case: each is a line
+                size += total
+            else:
+                size += self._join(pieces, lines)
+        if self.ended and self._size:
+            size += self._size
+            lines.append(self._whole())
+        return lines, size
+
+    def _join(self, pieces: Sequence[bytes], lines: list[bytes | None]) -> int:
+        """Add those that make lines to these; the bytes of them."""
+        size = 0
+        for piece in pieces:
+            self._size += len(piece)
+            if self._size <= self._longest:
+                self._begun.append(piece)
+            else:
+                self._begun.clear()
+            if piece.endswith(b"\n"):
+                size += self._size
+                lines.append(self._whole())
+        return size
+
+    def _whole(self) -> bytes | None:
+        line = None if self._size > self._longest else b"".join(self._begun)
+        self._begun.clear()
+        self._size = 0
+        return line
 
 
 class Lines:
-    """The lines of a file."""
+    """The lines of a file, from one of them on."""
 
     left: int | None = None
 
-    def __init__(self, file: BinaryIO, row: int, known: Known) -> None:
+    def __init__(self, file: BinaryIO, row: int, known: Known, longest: int) -> None:
         self._file = file
         file.seek(known.byte)
-        skipped = list(islice(file, row - known.row))
-        self._end = Known(known.row + len(skipped), known.byte + sum(map(len, skipped)))
+        self._start(file, row, known, longest)
 
-    def read(self, limit: int) -> Chunk:
+    def _start(self, file: io.BufferedIOBase | BinaryIO, row: int, known: Known, longest: int) -> None:
+        self._cut = Cut(file, longest + len(b"\r\n"))
+        self._longest = longest
+        self._first = row
+        self._end = known
+
+    def read(self, limit: int) -> Chunk | None:
         """See `Rows`."""
-        lines = list(islice(self._file, limit))
+        if self._end.row < self._first:
+            self._next(self._first - self._end.row)
+        if self._end.row < self._first and not self._cut.ended:
+            return None
         first = self._end.row
-        self._end = Known(first + len(lines), self._end.byte + sum(map(len, lines)))
-        return _requests(lines, first, self._end)
+        lines = self._next(limit)
+        if not lines and not self._cut.ended:
+            return None
+        return _requests(lines, first, self._end, self._longest)
+
+    def _next(self, limit: int) -> list[bytes | None]:
+        lines, size = self._cut.read(limit)
+        self._end = Known(self._end.row + len(lines), self._end.byte + size)
+        return lines
 
     def close(self) -> None:
         """See `Rows`."""
         self._file.close()
 
 
-class PackedLines:
+class PackedLines(Lines):
     """The lines of a gzipped file. To begin at one all before it are unpacked again."""
 
-    left: int | None = None
-
-    def __init__(self, where: str, file: BinaryIO, size: int, row: int) -> None:
+    def __init__(self, where: str, file: BinaryIO, size: int, row: int, longest: int) -> None:
         self._where = where
         self._packed = file
         self._size = size
-        self._file = io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file)), BUFFER)
-        self._row = 0
-        while self._row < row and self.read(min(1024, row - self._row)).count:
-            pass
+        self._file = cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=file)), BUFFER))
+        self._start(self._file, row, Known(0, 0), longest)
 
-    def read(self, limit: int) -> Chunk:
-        """See `Rows`."""
+    def _next(self, limit: int) -> list[bytes | None]:
+        row = self._end.row
         try:
-            lines = list(islice(self._file, limit))
-            whole = not self._file.peek(1)
+            lines, _ = self._cut.read(limit)
+            whole = self._cut.ended or not cast("io.BufferedReader", self._file).peek(1)
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise Misconfigured(f"{self._where}: is not whole as gzip, from about row {self._row + 1} on") from None
-        first = self._row
-        self._row += len(lines)
+            raise Misconfigured(f"{self._where}: is not whole as gzip, from about row {row + 1} on") from None
         # What is unpacked may be all there is before anybody has looked: the place behind the last row is the size.
-        return _requests(
-            lines, first, Known(self._row, self._size if whole else min(self._packed.tell(), self._size - 1))
-        )
+        self._end = Known(row + len(lines), self._size if whole else min(self._packed.tell(), self._size - 1))
+        return lines
 
     def close(self) -> None:
         """See `Rows`."""
-        self._file.close()
+        super().close()
         self._packed.close()
 
 
-def _requests(lines: Sequence[bytes], first: int, end: Known) -> Chunk:
-    bodies = list(map(bytes.strip, lines))
+def _requests(lines: Sequence[bytes | None], first: int, end: Known, longest: int) -> Chunk:
     rows: Sequence[int] = range(first, end.row)
+    if not all(lines):  # a line has its end at least
+        wrong: Wrong = "too_large", f"the line has more than {longest} bytes (flow.max_message_bytes)"
+        extra: list[Extra] = [(None, None, (), wrong if line is None else None) for line in lines]
+        kept = [i for i, line in enumerate(lines) if line is None or line.strip()]
+        bodies = [(lines[i] or b"").strip() for i in kept]
+        return Chunk(len(lines), [first + i for i in kept], bodies, end, [extra[i] for i in kept])
+    bodies = list(map(bytes.strip, cast("Sequence[bytes]", lines)))
     if not all(bodies):
         rows = [row for row, body in zip(rows, bodies, strict=True) if body]
         bodies = list(filter(None, bodies))
@@ -241,7 +328,7 @@ class Parquet:
             footer = tail(length)
         _layout(where, _opened(where, io.BytesIO(footer)).schema_arrow, self._columns)
 
-    def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> Rows:  # noqa: ARG002
+    def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> TableRows:  # noqa: ARG002
         """See `Format`."""
         return TableRows(where, file, size, row, self._columns)
 
@@ -384,18 +471,31 @@ class TableRows:
             first += 1
         if first == len(groups):
             return
-        most, size = BATCH
-        widest = max(group.total_byte_size / max(1, group.num_rows) for group in groups[first:])
-        batches = self._table.iter_batches(
-            max(1, min(most, int(size / max(1, widest)))),
-            row_groups=range(first, len(groups)),
-            columns=[*self._layout.inputs, *self._layout.own],
-            use_threads=False,
-        )
-        for batch in batches:
-            if row < batch.num_rows:
-                yield batch.slice(row)
-            row = max(0, row - batch.num_rows)
+        yield from self._batches_of(range(first, len(groups)), row)
+
+    def _batches_of(self, groups: Sequence[int], row: int) -> Iterator[Any]:
+        """Batches of row groups from a row on, begun again with fewer rows where those are larger than the first.
+
+        What the file says of its size is that of its encoding, in which a long text that repeats is there once.
+        """
+        count = _fitting(next(self._read(groups, FIRST)))
+        while True:
+            passed = row
+            for batch in self._read(groups, count):
+                if passed < batch.num_rows:
+                    yield batch.slice(passed)
+                    row += batch.num_rows - passed
+                passed = max(0, passed - batch.num_rows)
+                if 2 * _fitting(batch) <= count:
+                    count = _fitting(batch)
+                    break
+            else:
+                return
+
+    def _read(self, groups: Sequence[int], count: int) -> Iterator[Any]:
+        columns = [*self._layout.inputs, *self._layout.own]
+        batches = self._table.iter_batches(count, row_groups=groups, columns=columns, use_threads=False)
+        return map(_decoded, batches)
 
     def read(self, limit: int) -> Chunk:
         """See `Rows`."""
@@ -422,6 +522,19 @@ class TableRows:
         self._batches = iter(())
         self._table.close(force=True)
         self._file.close()
+
+
+def _decoded(batch: Any) -> Any:
+    """With each value where it stands: its size is that of the rows then."""
+    arrow = pyarrow()
+    columns = [c.dictionary_decode() if arrow.types.is_dictionary(c.type) else c for c in batch.columns]
+    return arrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _fitting(batch: Any) -> int:
+    """How many rows like these are a batch."""
+    most, size = BATCH
+    return max(1, min(most, size * len(batch) // max(1, int(batch.nbytes))))
 
 
 def _bodies(batch: Any, inputs: Sequence[str]) -> tuple[list[bytes], dict[int, str]]:
@@ -511,19 +624,58 @@ def _extra(batch: Any, own: Sequence[str], wrong: dict[int, str]) -> list[Extra]
     """What rows say beside their bodies; headers that cannot be read make a row wrong as well."""
     count = batch.num_rows
     columns = {name: batch.column(name) for name in own}
-    keys = [_content(key) for key in columns["key"].to_pylist()] if "key" in own else [None] * count
+    keys = _keys(columns["key"]) if "key" in own else [None] * count
     headers: list[Headers] = [()] * count
     if "headers" in own and columns["headers"].null_count < count:
-        for row, several in enumerate(columns["headers"].to_pylist()):
+        for row, several in enumerate(_values(columns["headers"])):
             try:
-                headers[row] = tuple(map(_header, several or ()))
+                headers[row] = _headers(several)
             except (ValueError, binascii.Error):
                 wrong.setdefault(row, '"headers" has a value that is not as it says, or no name')
-    ids = ["" if one is None else str(one) for one in columns["id"].to_pylist()] if "id" in own else [""] * count
+    ids = [""] * count
+    for row, one in enumerate(_values(columns["id"]) if "id" in own else ()):
+        if one is _NOT_TEXT:
+            wrong.setdefault(row, '"id" is not UTF-8, expected text')
+        elif one is not None:
+            ids[row] = str(one)
     return [
-        (resolve_id(several, id_ or None) if several else id_ or None, key, several, wrong.get(row))
+        (
+            resolve_id(several, id_ or None) if several else id_ or None,
+            key,
+            several,
+            ("invalid_request", wrong[row]) if row in wrong else None,
+        )
         for row, (id_, key, several) in enumerate(zip(ids, keys, headers, strict=True))
     ]
+
+
+def _keys(column: Any) -> list[bytes | None]:
+    """Byte for byte, also where text is none."""
+    keys: list[bytes | None] = column.cast(pyarrow().large_binary()).to_pylist()
+    return keys
+
+
+def _values(column: Any) -> Sequence[Any]:
+    """Each value, `_NOT_TEXT` for one with text that is none."""
+    try:
+        values: Sequence[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(item) for item in column]
+    return values
+
+
+def _value(item: Any) -> Any:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError:
+        return _NOT_TEXT
+
+
+def _headers(several: Any) -> Headers:
+    """A row's headers; `ValueError` where one of them is none."""
+    if several is _NOT_TEXT:
+        raise ValueError
+    return tuple(map(_header, several or ()))
 
 
 def _content(item: str | bytes | None) -> bytes | None:

@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from inferbus.connectors.aws import TROUBLE, Loop, code_of, complaint, ended
-from inferbus.connectors.base import Bell, ConnectorError, Refused, Unavailable
+from inferbus.connectors.base import Bell, ConnectorError, Fatal, Refused, Unavailable
+from inferbus.connectors.objects import Make
 
 PART = 8 * 2**20  # bytes of a part; S3 takes 10,000 of them, none but the last under 5 MiB
 PARTS_AT_ONCE = 4
@@ -206,10 +207,11 @@ class Bucket:
         self._done: deque[Callable[[], None]] = deque()
         self._uploads: set[asyncio.Task[None]] = set()  # of the loop's thread
         self._problem: str | None = None
+        self._broken: BaseException | None = None
         self._opened = self._closed = False
 
     def open(self, bell: Bell) -> None:
-        """Reach the bucket, and write a mark into it.
+        """Reach the bucket, write a mark into it, and remove that.
 
         Raises:
             Unavailable: It is away, missing, or may not be written.
@@ -220,29 +222,37 @@ class Bucket:
         self._storage.open()
         try:
             self._storage.loop.run(self._storage.try_to_write(self._bucket, self._prefix))
+            self._storage.loop.run(self._storage.delete(self._bucket, self._prefix + MARK))
         except BaseException:
             self._storage.close()
             raise
         self._opened = True
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+    def put(self, name: str, make: Make, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
         """See `Shelf`."""
         self._storage.loop.call(lambda: self._begin(self._upload(self._prefix + name, make, done, wanted)))
 
     def _begin(self, upload: Any) -> None:
         task = asyncio.ensure_future(upload)
         self._uploads.add(task)
-        task.add_done_callback(self._uploads.discard)
+        task.add_done_callback(self._ended)
 
-    async def _upload(
-        self, key: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]
-    ) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._uploads.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._broken = task.exception()
+            self._bell.ring()
+
+    async def _upload(self, key: str, make: Make, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
         async with self._slots:
             content = make()
             pause, longest = BACKOFF
             while wanted():
                 try:
-                    await self._storage.put(self._bucket, key, content)
+                    if content is None:
+                        await self._storage.delete(self._bucket, key)
+                    else:
+                        await self._storage.put(self._bucket, key, content)
                     break
                 except ConnectorError as error:
                     self._problem = str(error)
@@ -256,6 +266,9 @@ class Bucket:
         """See `Shelf`."""
         while self._done:
             self._done.popleft()()
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            raise Fatal(f"{self.name}: an object cannot be written: {broken!r}")
 
     def healthy(self) -> str | None:
         """Why the last upload has failed."""
@@ -268,7 +281,8 @@ class Bucket:
         self._closed = True
         self._storage.loop.run(self._end(timeout))
         self._storage.close()
-        self.tick()
+        while self._done:
+            self._done.popleft()()
 
     async def _end(self, patience: float) -> None:
         if self._uploads:

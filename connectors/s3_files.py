@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import tempfile
 from typing import Any, BinaryIO, cast
@@ -39,7 +40,7 @@ class Objects:
     """
 
     def __init__(self, bucket: str, prefix: str = "", *, region: str | None, endpoint_url: str | None) -> None:
-        self.name = f"s3:{bucket}/{prefix}"
+        self.name = self.whereabouts = f"s3:{bucket}/{prefix}"
         self._bucket = bucket
         self._prefix = prefix
         self._folder = prefix[: prefix.rfind("/") + 1]
@@ -87,7 +88,12 @@ class Objects:
                 text = f's3: bucket "{self._bucket}" does not exist; correct the name'
                 raise Unavailable(text) from None
             raise self._complaint(error, "s3:ListBucket") from None
-        return sorted(file for file in found if not _hidden(file.name))
+        return sorted(file for file in found if not self._hidden(file.name))
+
+    def _hidden(self, name: str) -> bool:
+        """By what stands behind the prefix, for that is the user's own; it may end in the midst of a name."""
+        parts = name.split("/")
+        return not parts[-1] or any(part[:1] in ("_", ".") for part in parts[self._prefix != self._folder :] if part)
 
     def _found(self, entry: dict[str, Any]) -> Found:
         key = entry["Key"]
@@ -156,11 +162,11 @@ class Objects:
         try:
             return cast("BinaryIO", tempfile.TemporaryFile(buffering=BUFFER))  # whoever takes it closes it
         except OSError as error:
-            self._no_room(error)
+            self._no_room(error.strerror)
             return None
 
-    def _no_room(self, error: OSError) -> None:
-        self._problem = f"{tempfile.gettempdir()}: cannot be written: {error.strerror}"
+    def _no_room(self, why: str | None) -> None:
+        self._problem = f"{tempfile.gettempdir()}: cannot be written: {why}"
 
     async def _range(self, content: BinaryIO, file: Found, begin: int) -> None:
         pause, longest = BACKOFF
@@ -180,12 +186,15 @@ class Objects:
             self._problem = str(self._complaint(error, "s3:GetObject"))
             return False
         try:
-            os.pwrite(content.fileno(), part, begin)
+            fits = os.pwrite(content.fileno(), part, begin) == len(part)  # else the rest is not there
         except OSError as error:
-            self._no_room(error)
+            self._no_room(error.strerror)
             return False
-        self._problem = None
-        return True
+        if fits:
+            self._problem = None
+        else:
+            self._no_room(os.strerror(errno.ENOSPC))
+        return fits
 
     async def _get(self, file: Found, begin: int, end: int) -> bytes:
         answer = await self._client.get_object(
@@ -226,7 +235,3 @@ class Objects:
         with contextlib.suppress(*TROUBLE):
             await ended(set(self._fetches.values()))
             await self._client.close()
-
-
-def _hidden(name: str) -> bool:
-    return any(part[:1] in ("_", ".") for part in name.split("/")) or name.endswith("/")

@@ -552,12 +552,13 @@ class FileSourceSettings(JobSourceSettings):
 
     def completed(self, pipeline: str) -> Self:
         """With the progress file beside the requests."""
-        beside = self.path.with_name(f"{self.path.name}.{pipeline}.progress")
-        return self.model_copy(update={"progress": self.progress or beside})
+        path = self.path if self.path.name.strip(".") else normalised(self.path)  # the name of `.` and of `..`
+        beside = path.parent / f"{path.name}.{pipeline}.progress"
+        return self.model_copy(update={"path": path, "progress": self.progress or beside})
 
     def errors(self, pipeline: str) -> FileSinkSettings:
         """Folder `<pipeline>.errors` beside the requests."""
-        return FileSinkSettings(path=self.path.with_name(f"{pipeline}.errors"))
+        return FileSinkSettings(path=self.path.parent / f"{pipeline}.errors")
 
     def writing(self) -> FileSinkSettings:
         """Never: nobody adds to the requests of a job."""
@@ -613,11 +614,12 @@ class S3SourceSettings(JobSourceSettings):
         return "s3", self.endpoint_url, self.bucket, self.prefix
 
     def covers(self, sink: SinkPlace) -> bool:
-        """A prefix that begins with ours."""
+        """A prefix that begins with ours, by itself or with what names of our objects begin with."""
+        within = self.prefix.rpartition("/")[2]
         return (
             isinstance(sink, S3SinkSettings)
             and (sink.endpoint_url, sink.bucket) == (self.endpoint_url, self.bucket)
-            and sink.prefix.startswith(self.prefix)
+            and (sink.prefix.startswith(self.prefix) or f"{sink.prefix}{within}".startswith(self.prefix))
         )
 
     def label(self) -> str:

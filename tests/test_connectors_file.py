@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inferbus.connectors.base import Bell, Message, Misconfigured, Unavailable
+from inferbus.connectors.base import Bell, Fatal, Message, Misconfigured, Unavailable
 from inferbus.connectors.file import Files, Folder
 from inferbus.connectors.job import JobSource
 from inferbus.connectors.request_rows import JsonLines
@@ -34,6 +34,7 @@ def always() -> bool:
 
 
 def lines(path: Path, *bodies: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"".join(body + b"\n" for body in bodies))
     return path
 
@@ -92,7 +93,10 @@ def test_the_next_run_begins_where_this_one_was_settled(tmp_path: Path) -> None:
     messages = rest(source)
     save(source, messages[:4] + messages[5:7])
     assert source.inflight()[0] == 10 - 3  # chunks of three are freed whole
+    with pytest.raises(Unavailable, match=r"p: another worker is at this job; let it end$"):
+        begun(path, progress)
     source._close_rows()  # as in a crash: nothing is saved that was not
+    source._give_lock()
     source = begun(path, progress)
     again = rest(source)
     assert [m.body for m in again] == [b"%d" % i for i in range(4, 10)]
@@ -121,6 +125,12 @@ def test_how_much_is_left_is_told_in_lines(tmp_path: Path) -> None:
     source.close()
 
 
+def saved(folder: Path, name: str) -> Path:
+    rows = {"in": [3, 3, 99, None]}
+    (folder / "p").write_bytes(orjson.dumps({"place": str(folder / name), "rows": rows}))
+    return folder / "p"
+
+
 @pytest.mark.parametrize(
     ("prepare", "why"),
     [
@@ -131,9 +141,14 @@ def test_how_much_is_left_is_told_in_lines(tmp_path: Path) -> None:
         ),
         (lambda folder: (lines(folder / "in"), (folder / "p").write_text("{}")), "cannot be read as the progress"),
         (
-            lambda folder: (lines(folder / "in"), (folder / "p").write_text('{"rows": {"in": [3, 3, 99, null]}}')),
+            lambda folder: (lines(folder / "in"), saved(folder, "in")),
             "is shorter than .*/p says was read of it; delete that to begin anew",
         ),
+        (
+            lambda folder: (lines(folder / "in"), saved(folder, "other/in")),
+            "p: is the progress of .*/other/in, not of .*/in; name another `progress`$",
+        ),
+        (lambda folder: lines(folder / "in" / os.fsdecode(b"\xff.jsonl")), r"^file:in: '.udcff.jsonl' is not UTF-8"),
     ],
 )
 def test_a_job_that_cannot_begin_says_why(tmp_path: Path, prepare: Callable[[Path], Any], why: str) -> None:
@@ -161,6 +176,50 @@ def test_an_object_replaces_what_had_its_name_and_leaves_nothing_else(tmp_path: 
         folder.tick()
     folder.close(1.0)
     assert [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()] == [b"new"]
+
+
+@pytest.mark.parametrize("name", ["../a.jsonl", "/srv/a.jsonl", "a/../../b.jsonl"])
+def test_an_object_lies_in_the_folder_or_nowhere(tmp_path: Path, name: str) -> None:
+    folder = Folder(tmp_path / "out")
+    folder.open(Bell())
+    with pytest.raises(Fatal, match="would lie elsewhere"):
+        folder.put(name, lambda: b"", lambda: None, always)
+    folder.close(1.0)
+
+
+def test_an_object_that_cannot_be_made_ends_the_run_and_not_the_thread(tmp_path: Path) -> None:
+    folder, bell = Folder(tmp_path / "out"), Bell()
+    done: list[str] = []
+    folder.open(bell)
+    folder.put("a", lambda: bytes(1 // len(done)), lambda: None, always)
+    folder.put("b", lambda: b"b", lambda: done.append("b"), always)
+    with pytest.raises(Fatal, match=r"an object cannot be written: ZeroDivisionError"):
+        await_object(folder, bell, done)
+    await_object(folder, bell, done)
+    folder.close(1.0)
+
+
+def await_object(folder: Folder, bell: Bell, done: list[str]) -> None:
+    last = time.monotonic() + 10.0
+    while not done:
+        assert time.monotonic() < last, "it did not come to that"
+        bell.wait(0.01)
+        folder.tick()
+
+
+@pytest.mark.parametrize(
+    ("progress", "why"),
+    [
+        ("nowhere/p", "nowhere/p: cannot be written: No such file or directory$"),
+        ("folder", "folder: cannot be read: Is a directory$"),
+    ],
+)
+def test_a_progress_file_that_cannot_be_had_is_told_before_a_row_goes_out(
+    tmp_path: Path, progress: str, why: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(Unavailable, match=why):
+        begun(lines(tmp_path / "in.jsonl", b"1"), tmp_path / progress)
 
 
 # Whole jobs
@@ -229,7 +288,12 @@ def test_parquet_files_hold_the_same_rows(job: Job) -> None:
 
 def test_a_job_that_is_killed_again_and_again_loses_and_doubles_no_row(job: Job) -> None:
     count, kills = (200_000, 30) if SOAK else (40_000, 6)
-    job.requests(count, *[b"oops"] * 100)
+    job.requests(count)
+    rows = (job.folder / "in.jsonl").read_bytes().splitlines()
+    rare = range(0, count, 997)  # there are stretches without
+    for row in rare:
+        rows[row] = b"oops"
+    lines(job.folder / "in.jsonl", *rows)
     progress = job.folder / "in.jsonl.job.progress"
     done = 0
     while done < kills:
@@ -245,9 +309,10 @@ def test_a_job_that_is_killed_again_and_again_loses_and_doubles_no_row(job: Job)
         worker.communicate()
         done += 1
     job.finish()
-    assert Counter(row["id"] for row in job.rows("out")) == Counter(f"in.jsonl-{i}" for i in range(count))
     failed = Counter(row["id"] for row in job.rows("job.errors"))
-    assert failed == Counter(f"in.jsonl-{i}" for i in range(count, count + 100))
+    assert failed == Counter(f"in.jsonl-{i}" for i in rare)
+    served = Counter(row["id"] for row in job.rows("out"))
+    assert served + failed == Counter(f"in.jsonl-{i}" for i in range(count))
 
 
 def test_files_that_differ_in_their_suffix_alone_have_objects_of_their_own(job: Job) -> None:
@@ -268,6 +333,28 @@ def test_a_job_with_many_failing_requests_is_not_slowed_by_them(job: Job) -> Non
     assert sum(1 for _ in job.rows("out")) == 3000
     assert sum(1 for _ in job.rows("job.errors")) == 3000
     assert sum(path.is_file() for path in job.folder.glob("out/**/*.jsonl")) < 10  # each error once cut an object
+
+
+def test_a_slow_model_makes_no_more_objects(job: Job) -> None:
+    job.requests(1500)
+    model = (job.folder / "model.py").read_text()
+    (job.folder / "model.py").write_text(f"import time\n{model}".replace("return", "time.sleep(0.01); return"))
+    job.finish("--set", "batch.max_rows=8", "--set", "sink.file.max_rows=50000")  # two seconds with nothing to receive
+    assert [len(path.read_bytes().splitlines()) for path in job.folder.glob("out/**/*.jsonl")] == [1500]
+
+
+def test_a_job_reads_the_folder_its_file_is_in(job: Job) -> None:
+    job.requests(10, into="in/in.jsonl")
+    text = (job.folder / "job.yaml").read_text()
+    (job.folder / "in/job.yaml").write_text(
+        text.replace("model.py", "../model.py").replace("in.jsonl", ".").replace("path: out", "path: ../out")
+    )
+    run = subprocess.run(  # noqa: S603 - our own command
+        [*COMMAND, "run", "job.yaml"], cwd=job.folder / "in", capture_output=True, check=False, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert sum(1 for _ in job.rows("out")) == 10
+    assert (job.folder / "in.job.progress").exists()
 
 
 def test_a_job_has_one_worker(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -15,10 +16,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inferbus.connectors.base import Bell, Headers, Message, Misconfigured, Sink, Source, Unavailable
+from inferbus.connectors.base import (
+    Bell,
+    Headers,
+    Message,
+    Misconfigured,
+    Sink,
+    Source,
+    Unavailable,
+    Unreadable,
+)
 from inferbus.connectors.file import Files, Folder
-from inferbus.connectors.job import JobSource
-from inferbus.connectors.request_rows import SUFFIXES, Chunk, Format, JsonLines, Known, Parquet, Rows
+from inferbus.connectors.job import Found, JobSource
+from inferbus.connectors.request_rows import (
+    CHUNK_BYTES,
+    PIECE,
+    SUFFIXES,
+    Chunk,
+    Format,
+    JsonLines,
+    Known,
+    Parquet,
+    TableRows,
+)
 from inferbus.connectors.s3_files import RANGE, Objects
 from tests.connector_contract import PATIENCE, ConnectorContract, Place, Seen, no_drain, opened, receive, settle
 from tests.servers import S3, Toxiproxy
@@ -45,6 +65,7 @@ class JobPlace(Place):
         assert isinstance(source, JobSource)
         source._close_rows()
         source._place.close()
+        source._give_lock()
 
 
 class FilePlace(JobPlace):
@@ -161,12 +182,12 @@ class TablesContract(ListedContract):
 class Bare(Parquet):
     """A table of one column whose bodies are told without the object around it, for tests that know of no columns."""
 
-    def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> Rows:
+    def rows(self, where: str, file: BinaryIO, size: int, row: int, known: Known) -> BareRows:  # type: ignore[override]
         return BareRows(super().rows(where, file, size, row, known))
 
 
 class BareRows:
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: TableRows) -> None:
         self._rows = rows
         self.close = rows.close
 
@@ -320,6 +341,45 @@ def test_a_gzipped_file_that_is_cut_off_ends_the_job_with_its_name(tmp_path: Pat
         rest(source, 10_000)
 
 
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def test_a_line_over_the_limit_is_one_error_and_is_never_held(tmp_path: Path, name: str) -> None:
+    long, most = b"x" * (20 * CHUNK_BYTES // 10 + 1), PIECE + 100
+    bodies = [b"1", long, b"y" * most, b"z" * (most + 3), b"", b"2", long]
+    content = b"\r\n".join(bodies)
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
+    expected = [(i, body if len(body) <= most else b"") for i, body in enumerate(bodies) if body]
+    for begin in range(len(bodies)):  # from each row on, as after a crash
+        with closing(begun(tmp_path / name, JsonLines(most), tmp_path / f"p{begin}")) as source:
+            messages = rest(source, 2)
+        assert [(int(m.id.rpartition("-")[2]), m.body) for m in messages] == [e for e in expected if e[0] >= begin]
+        long_ones = [m for m in messages if isinstance(m, Unreadable)]
+        assert {m.code for m in long_ones} <= {"too_large"}
+        assert [m.body for m in long_ones] == [b"" for i, body in expected if not body and i >= begin]
+        with closing(begun(tmp_path / name, JsonLines(most), tmp_path / f"p{begin + 1}")) as source:
+            source.settle([m for m in rest(source, 2) if int(m.id.rpartition("-")[2]) <= begin])
+
+
+def test_rows_that_were_done_are_passed_over_in_steps(tmp_path: Path) -> None:
+    packed = gzip.compress(b"%s\n" % (b"x" * 1000) * 30_000 + b"last\n", 1)
+    (tmp_path / "in.jsonl.gz").write_bytes(packed)
+    source = begun(tmp_path / "in.jsonl.gz", JsonLines(), tmp_path / "p")
+    source.settle(rest(source, 1024)[:-1])
+    source.close()
+    with closing(begun(tmp_path / "in.jsonl.gz", JsonLines(), tmp_path / "p")) as source:
+        assert source.receive(1024) == []
+        assert not source.ended()
+        assert [m.body for m in rest(source, 1024)] == [b"last"]
+
+
+def test_whether_a_file_grows_is_its_formats_to_say(tmp_path: Path) -> None:
+    (tmp_path / "t.pq").write_bytes(table(b"a", None, ()))
+    with closing(begun(tmp_path / "t.pq", Parquet(), tmp_path / "p")) as source:
+        source.settle(source.receive(1))
+    (tmp_path / "t.pq").write_bytes(table(b"b", None, ()))
+    with pytest.raises(Misconfigured, match=r"t.pq: has changed since"):
+        begun(tmp_path / "t.pq", Parquet(), tmp_path / "p")
+
+
 @pytest.mark.parametrize(
     ("form", "name", "why"),
     [
@@ -448,6 +508,46 @@ def test_a_bucket_that_is_away_for_a_while_costs_nothing_but_time(
             assert not source.ended()
         assert [m.body for m in rest(source)] == [b"a", b"b", b"c"]
         assert source.healthy() is None
+
+
+class Folded(Files):
+    """As a bucket lists keys, of which a path would make one."""
+
+    def open(self, bell: Bell) -> list[Found]:
+        del bell
+        return [Found("a//b.jsonl", 1, "1"), Found("a/b.jsonl", 1, "1")]
+
+
+def test_an_object_with_an_empty_part_in_its_name_is_refused(tmp_path: Path) -> None:
+    source = JobSource(Folded(tmp_path / "in"), JsonLines(), tmp_path / "p")
+    with pytest.raises(Misconfigured, match=r"^file:in: \"a//b.jsonl\" has an empty part; expected a name without$"):
+        source.open(Bell(), no_drain)
+
+
+@pytest.mark.broker
+def test_what_the_user_named_is_not_hidden(bucket: BucketPlace) -> None:
+    for key in ("_in/_a.jsonl", "_in/_b/c.jsonl", "_in/d.jsonl"):
+        bucket.put(key, key.encode())
+    for prefix, keys in {"_i": ["_in/d.jsonl"], "_in/_a": ["_in/_a.jsonl"], "_in/_b": ["_in/_b/c.jsonl"]}.items():
+        with opened(bucket.reading(prefix, prefix.replace("/", "-"))) as source:
+            assert isinstance(source, JobSource)
+            assert [m.body.decode() for m in rest(source)] == keys
+
+
+@pytest.mark.broker
+def test_an_object_that_a_full_disk_cuts_short_is_written_again(
+    bucket: BucketPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("in/a.jsonl", b"1\n2\n3\n")
+    with opened(bucket.source()) as source, monkeypatch.context() as full:
+        write = os.pwrite
+        full.setattr("os.pwrite", lambda file, content, at: write(file, content[:3], at))
+        assert source.receive(1) == []
+        until(lambda: source.healthy() is not None)
+        assert str(source.healthy()).endswith(": cannot be written: No space left on device")
+        full.undo()
+        assert isinstance(source, JobSource)
+        assert [m.body for m in rest(source)] == [b"1", b"2", b"3"]
 
 
 @pytest.mark.broker

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from inferbus.connectors.base import Bell, Unavailable
+from inferbus.connectors.base import Bell, Fatal, Unavailable
 from inferbus.connectors.s3 import PART, Bucket, Storage
 from tests.servers import S3
 
@@ -91,6 +91,25 @@ def test_what_cannot_be_stored_now_is_stored_later(s3: S3, bucket: tuple[str, Bu
     until(lambda: shelf.tick() or bool(done))  # type: ignore[func-returns-value, redundant-expr]
     assert s3.objects(name) == {"out/late": b"content"}
     assert shelf.healthy() is None
+
+
+def test_an_object_that_is_none_is_removed_and_one_that_cannot_be_made_ends_the_run(
+    s3: S3, bucket: tuple[str, Bucket]
+) -> None:
+    name, shelf = bucket
+    put(shelf, {"a.jsonl": b"stale"})
+    done: list[str] = []
+    shelf.put("a.jsonl", lambda: None, lambda: done.append("a"), always)
+
+    def removed() -> bool:
+        shelf.tick()
+        return bool(done)
+
+    until(removed)
+    assert not s3.client.list_objects_v2(Bucket=name).get("KeyCount")
+    shelf.put("b.jsonl", lambda: bytes(1 // 0), lambda: None, always)
+    with pytest.raises(Fatal, match="an object cannot be written: ZeroDivisionError"):
+        until(lambda: removed() and False)
 
 
 def test_closing_waits_no_longer_than_it_may(s3: S3) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from inferbus.connectors.base import Bell, Columns, Message, Records
 from inferbus.connectors.memory import PLACE, MemoryBus, MemorySource
-from inferbus.connectors.objects import Gathering, ObjectStore
+from inferbus.connectors.objects import Gathering, Make, ObjectStore
 from inferbus.connectors.rows import Format, form
 
 
@@ -29,19 +29,21 @@ class Desk:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.stuck = False
-        self._puts: deque[tuple[str, bytes, Callable[[], None], Callable[[], bool]]] = deque()
+        self._puts: deque[tuple[str, bytes | None, Callable[[], None], Callable[[], bool]]] = deque()
 
     def open(self, bell: Bell) -> None:
         """Nothing to reach."""
 
-    def put(self, name: str, make: Callable[[], bytes], done: Callable[[], None], wanted: Callable[[], bool]) -> None:
+    def put(self, name: str, make: Make, done: Callable[[], None], wanted: Callable[[], bool]) -> None:
         self._puts.append((name, make(), done, wanted))
 
     def tick(self) -> None:
         while self._puts and not self.stuck:
             name, content, done, wanted = self._puts.popleft()
             if wanted():
-                self.objects[name] = content
+                self.objects.pop(name, None)
+                if content is not None:
+                    self.objects[name] = content
             done()
 
     def healthy(self) -> str | None:
@@ -73,6 +75,10 @@ class Scene:
     def keep(self, messages: list[Message]) -> None:
         """Predictions for these; each settled once it is kept."""
         self.store.keep(predictions(messages), lambda at: self.source.settle([messages[i] for i in at]))
+
+    def places(self, desk: Desk) -> list[int]:
+        """The requests whose records lie there."""
+        return sorted(orjson.loads(line)["y"] for content in desk.objects.values() for line in content.splitlines())
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         return {
@@ -180,6 +186,42 @@ def test_two_stores_make_their_objects_of_one_stretch_and_settle_it_together() -
     name = "memory/00000000000000000000.jsonl"
     assert [row["y"] for row in scene.rows()[name]] == [0, 2, 4, 6]
     assert [orjson.loads(line)["y"] for line in other.objects[name].splitlines()] == [1, 3, 5, 7]
+
+
+def test_a_stretch_that_a_life_before_stored_and_did_not_settle_is_not_there_twice() -> None:
+    scene = Scene(max_rows=100)
+    errors = Desk()
+    given = {"max_rows": 100, "max_bytes": 2**20, "max_age": 99.0}
+
+    def serve(count: int) -> None:
+        """Receive so many, of which the ninth fails, and store them, as a worker that has just begun."""
+        gathering = Gathering(scene.source, lambda: scene.now)
+        desks = (scene.desk, errors)
+        stores = [ObjectStore(gathering, desk, form("jsonl", compressed=False), **given) for desk in desks]  # type: ignore[arg-type]
+        for part in (scene.source.receive(count), scene.source.receive(10 - count)):
+            for m in part:
+                stores[PLACE(m.receipt) == 8].keep(predictions([m]), lambda _, m=m: settled.append(m))  # type: ignore[misc]
+            for store in stores:
+                store.drain()
+            for _ in range(3):
+                for store in stores:
+                    store.tick()
+            if saving:
+                scene.source.settle(settled)
+
+    settled: list[Message] = []
+    for _ in range(10):
+        scene.bus.publish(b"request")
+    saving = False
+    serve(10)
+    assert scene.places(errors) == [8]
+    scene.source.lose()  # killed before anything is settled
+    saving = True
+    settled.clear()
+    serve(5)
+    assert scene.places(scene.desk) == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert scene.places(errors) == [8]
+    assert scene.source.settled == list(range(10))
 
 
 def test_what_was_given_to_another_worker_is_dropped_and_waited_for_no_longer() -> None:

@@ -554,6 +554,12 @@ def test_a_job_on_a_bucket_keeps_its_errors_and_its_progress_where_no_run_reads_
             "expected one beside s3://abc/",
         ),
         (
+            "{s3: {bucket: abc, prefix: 2026/in}}",  # objects of 2026/in/a.jsonl would be called 2026/in/a-jsonl/...
+            "{s3: {bucket: abc, prefix: 2026/}}",
+            "p.yaml:4: sink.s3: s3://abc/2026/ lies where requests are read from, and would be read as such; "
+            "expected one beside s3://abc/2026/in",
+        ),
+        (
             "{s3: {bucket: abc, prefix: in}}",
             "{s3: {bucket: abc, prefix: inside/}}",
             "p.yaml:4: sink.s3: s3://abc/inside/ lies where requests are read from, and would be read as such; "

@@ -270,6 +270,43 @@ def test_a_header_that_is_not_as_it_says_makes_its_row_invalid(tmp_path: Path) -
     assert [isinstance(m, Unreadable) for m in messages] == [True, False, True]
 
 
+def test_text_that_is_none_harms_its_row_alone_and_a_key_not_even_that(tmp_path: Path) -> None:
+    def text(*several: bytes) -> pa.Array:
+        return pa.array(several, pa.binary()).view(pa.string())  # as writers do that do not look
+
+    header = pa.StructArray.from_arrays([text(b"a", b"b", b"c"), text(b"1", b"\xff", b"3")], ["name", "value"])
+    columns = {
+        "x": pa.array([1, 2, 3]),
+        "id": text(b"one", b"two", b"\xfe"),
+        "key": text(b"\xff", b"k", b"k"),
+        "headers": pa.ListArray.from_arrays([0, 1, 2, 3], header),
+    }
+    messages = received(tmp_path, pa.table(columns))
+    assert [(m.id, m.key, m.headers) for m in messages] == [
+        ("one", b"\xff", (("a", b"1"),)),
+        ("two", b"k", ()),
+        ("in.parquet-2", b"k", (("c", b"3"),)),
+    ]
+    assert [m.reason for m in messages if isinstance(m, Unreadable)] == [
+        '"headers" has a value that is not as it says, or no name',
+        '"id" is not UTF-8, expected text',
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_table_is_as_large_as_its_rows_and_not_as_its_file(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = pa.array([*"abcdefgh", *["y" * 1_000_000] * 500], pa.string())
+    pq.write_table(pa.table({"x": texts.cast(kind)}), tmp_path / "in.parquet")
+    file = (tmp_path / "in.parquet").open("rb")
+    rows = Parquet().rows("t", file, 1, 0, Known(0, 0))
+    counts = []
+    while chunk := rows.read(1000).count:
+        counts.append(chunk)
+    rows.close()
+    assert sum(counts) == 508
+    assert max(counts) < 20
+
+
 def test_rows_left_are_told_by_the_table_itself(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": range(100)}), tmp_path / "in.parquet")
     source = JobSource(Files(tmp_path / "in.parquet"), Parquet(), tmp_path / "p")

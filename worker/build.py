@@ -199,13 +199,13 @@ def source(settings: PipelineSettings, place: SourcePlace, child: int | None = N
                 **bounds,
             )
         case FileSourceSettings() | S3SourceSettings():
-            made = job(place)
+            made = job(place, flow.max_message_bytes)
         case _:
             raise TypeError(place)
     return cast("Source", made)
 
 
-def job(place: FileSourceSettings | S3SourceSettings) -> JobSource:
+def job(place: FileSourceSettings | S3SourceSettings, max_message_bytes: int) -> JobSource:
     """The rows of files, not opened.
 
     Raises:
@@ -217,7 +217,8 @@ def job(place: FileSourceSettings | S3SourceSettings) -> JobSource:
         files = client("s3_files").Objects(place.bucket, place.prefix, **at)
     else:
         files = Files(place.path)
-    return JobSource(files, Parquet(place.columns) if place.format == "parquet" else JsonLines(), place.progress)
+    form = Parquet(place.columns) if place.format == "parquet" else JsonLines(max_message_bytes)
+    return JobSource(files, form, place.progress)
 
 
 def sink(place: SinkPlace, shared: Shared) -> Sink:

@@ -80,7 +80,8 @@ class Watch:
             return True
         if not self._pipeline.idle():
             self._idle_since = None
-            if now - self._pipeline.quiet_since() >= max(until_idle, LOOK):
+            # A job tells the pipeline itself when its files have ended.
+            if not self._job and now - self._pipeline.quiet_since() >= max(until_idle, LOOK):
                 self._pipeline.hurry()  # what waits for a fuller object keeps the run from its end
             return False
         if self._idle_since is None:

@@ -315,7 +315,7 @@ class RetrySettings(Settings):
         description="At start: then exit 3 and let the supervisor try again.",
     )
     bounded: Duration = Field(
-        default="5m", validate_default=True, description="In a run with `--until-idle`: then exit 3."
+        default="5m", validate_default=True, description="In a job, or with `--until-idle`: then exit 3."
     )
     max_backoff: Duration = Field(
         default="10s", validate_default=True, gt=0, description="Longest pause between two attempts."
