@@ -5,14 +5,16 @@ before its record is written. All calls to S3 are made on a thread of their own,
 back through a deque and the bell. The source around which this one is knows its own messages alone: it settles,
 releases and voids them as they came.
 
-Invariant: a message is overtaken by none of its key; what was fetched counts as in flight until it is settled; an
-object is deleted only once its request is answered and the bus will never deliver it again.
+Invariant: a message is overtaken by none of its key, and of those of a key one is fetched at a time, so what takes room
+here never waits for another; what was fetched counts as in flight until it is settled; an object is deleted only once
+its request is answered and the bus will never deliver it again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import logging
 import random
@@ -27,6 +29,8 @@ from inferbus.connectors.base import (
     Bell,
     ConnectorError,
     Done,
+    Failure,
+    Fatal,
     Message,
     Records,
     Refused,
@@ -45,6 +49,7 @@ CONNECTIONS = 3 * AT_ONCE  # to fetch, to store and to delete
 AHEAD = 2 * AT_ONCE  # claims that wait for their objects, beyond which no more are looked for
 LOOK_EVERY = 0.25  # seconds between looks for what was lost, and for what may be deleted
 DELETE_AFTER = (0.0, 0.5, 2.0)  # seconds of pause before each try to delete an object
+DELETES = 10_000  # objects that wait to be deleted, beyond which they are left: as many may be settled at one moment
 PAUSE = 0.005  # seconds between looks for writes that must end before closing
 CLOSING = 5.0  # seconds closing waits for deletes
 QUIET = 30.0  # seconds between two log lines about objects that are left
@@ -59,9 +64,10 @@ class Claimed(Message):
         origin: The message as it came.
         claim: Where the body lay.
         failed: Its outcome is an error, which tells others where the body lies.
+        size: Bytes for which it takes room; 0 once that was let go.
     """
 
-    __slots__ = ("claim", "failed", "origin")
+    __slots__ = ("claim", "failed", "origin", "size")
 
     def __init__(self, origin: Message, claim: Claim, body: bytes) -> None:
         o = origin
@@ -69,6 +75,7 @@ class Claimed(Message):
         self.origin = origin
         self.claim = claim
         self.failed = False
+        self.size = len(body)
 
     def fail(self) -> bytes | None:
         """The body as it came; the object stays."""
@@ -93,15 +100,15 @@ class Unclaimed(Unreadable):
 class _Entry:
     """A message that cannot be handed over yet: its object is under way, or that of one before it of its key."""
 
-    __slots__ = ("claim", "here", "origin", "outcome", "size", "task")
+    __slots__ = ("claim", "origin", "outcome", "size", "task")
 
     def __init__(self, origin: Message, claim: Claim | None) -> None:
         self.origin = origin
         self.claim = claim
-        self.outcome: Message | None = origin if claim is None else None  # set by the loop's thread
-        self.here = claim is None  # and seen by the pipeline's
-        self.size: int | None = None  # bytes for which there is room; of the loop's thread
-        self.task: asyncio.Task[None] | None = None  # likewise
+        # Of the loop's thread, until the entry has arrived:
+        self.outcome: Message | None = None
+        self.size = 0  # bytes for which there is room
+        self.task: asyncio.Task[None] | None = None
 
 
 class ClaimSource:
@@ -142,9 +149,9 @@ class ClaimSource:
         self._opened = False
         # The pipeline's thread alone:
         self._held: dict[_Entry, None] = {}  # in the order they came
-        self._lines: dict[bytes, deque[_Entry]] = {}  # those that have a key, by it
+        self._lines: dict[bytes, deque[_Entry]] = {}  # those that have a key, by it; of each the first is being fetched
         self._ready: deque[Message] = deque()
-        self._given: dict[int, Claimed] = {}  # to the pipeline, with a body that counts
+        self._given: dict[int, Claimed] = {}  # to the pipeline, with a body that takes room
         self._answered: list[tuple[Message, Claim]] = []  # as they came; objects to be deleted
         self._look_at = 0.0
         # Each written by one thread; together the bytes that are fetched, or about to be, and not let go:
@@ -154,7 +161,6 @@ class ClaimSource:
         # Between the two threads:
         self._arrived: deque[_Entry] = deque()
         # The loop's thread alone:
-        self._turns: deque[_Entry] = deque()  # those that have no room yet, in the order they came
         self._fetches: set[asyncio.Task[None]] = set()
         self._deletes: set[asyncio.Task[None]] = set()
         self._troubles: dict[_Entry, str] = {}
@@ -167,7 +173,8 @@ class ClaimSource:
         """Reach every bucket a message may name, then the source."""
         self._bell = bell
         self._slots, self._delete_slots = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
-        self._moved = asyncio.Event()  # there may be room now, or it is another's turn
+        self._door = asyncio.Lock()  # whoever waits for room; the others queue, so that none waits for ever
+        self._moved = asyncio.Event()  # there may be room now
         self._storage.open()
         try:
             reach(self._storage, self._allow, None)
@@ -235,139 +242,145 @@ class ClaimSource:
             wanted = min(limit - len(self._ready), self._max_inflight - self._source.inflight()[0])
 
     def _sort(self, m: Message) -> None:
-        try:
-            claim = claim_of(m, self._allow)
-            if claim is not None:
-                self._small_enough(claim, claim.size or 0)
-        except Malformed as error:
-            claim, m = None, Unclaimed(m, "invalid_request", str(error))
-        except TooLarge as error:
-            claim, m = None, Unclaimed(m, "too_large", str(error))
-        if claim is None and m.key not in self._lines:
+        claim = None
+        if not isinstance(m, Unreadable):
+            try:
+                claim = claim_of(m, self._allow)
+                if claim is not None:
+                    self._small_enough(claim, claim.size or 0)
+            except Malformed as error:
+                claim, m = None, Unclaimed(m, "invalid_request", str(error))
+            except TooLarge as error:
+                claim, m = None, Unclaimed(m, "too_large", str(error))
+        line = self._lines.get(m.key) if m.key is not None else None
+        if claim is None and line is None:
             self._ready.append(m)
             return
         entry = _Entry(m, claim)
         self._held[entry] = None
+        if line is not None:
+            line.append(entry)
+            return
         if m.key is not None:
-            self._lines.setdefault(m.key, deque()).append(entry)
-        if claim is not None:
-            self._storage.loop.call(partial(self._begin, entry, claim))
+            self._lines[m.key] = deque([entry])
+        self._storage.loop.call(partial(self._begin, entry))
 
     def _collect(self) -> None:
         """Let go on what has arrived, and what waited behind it."""
         while self._arrived:
             entry = self._arrived.popleft()
-            entry.here = True
+            assert entry.outcome is not None  # noqa: S101 - narrows the type; it is why the entry is here
             if entry not in self._held:
                 self._let_go([entry.outcome])  # lost on the way
-            elif entry.origin.key is None:
-                self._move_on(entry)
-            else:
-                self._advance(entry.origin.key)
+                continue
+            del self._held[entry]
+            self._ready.append(entry.outcome)
+            if (key := entry.origin.key) is not None:
+                self._lines[key].popleft()
+                self._advance(key)
 
     def _advance(self, key: bytes) -> None:
+        """What is first in its line now goes on, or is fetched."""
         line = self._lines[key]
-        while line and line[0].here:
-            self._move_on(line.popleft())
-        if not line:
+        while line and line[0].claim is None:
+            entry = line.popleft()
+            del self._held[entry]
+            self._ready.append(entry.origin)
+        if line:
+            self._storage.loop.call(partial(self._begin, line[0]))
+        else:
             del self._lines[key]
-
-    def _move_on(self, entry: _Entry) -> None:
-        del self._held[entry]
-        if entry.outcome is not None:
-            self._ready.append(entry.outcome)
 
     def _drop_void(self) -> None:
         """Whoever owns these now will fetch and serve them."""
         lost = [entry for entry in self._held if self._source.void(entry.origin)]
         for entry in lost:
             del self._held[entry]
-            if entry.here:
-                self._let_go([entry.outcome])
-            else:
-                self._storage.loop.call(partial(self._cancel, entry))
-        if lost:
-            for key, line in list(self._lines.items()):
-                self._lines[key] = deque(entry for entry in line if entry in self._held)
+            self._storage.loop.call(partial(self._cancel, entry))
+        for key in {key for entry in lost if (key := entry.origin.key) is not None}:
+            line = self._lines[key]
+            self._lines[key] = deque(entry for entry in line if entry in self._held)
+            if line[0] not in self._held:
                 self._advance(key)
         self._let_go([m for m in self._given.values() if self.void(m)])
 
-    def _let_go(self, messages: Iterable[Message | None]) -> None:
-        """Their bodies count no longer."""
+    def _let_go(self, messages: Iterable[Message]) -> None:
+        """Their bodies take no room any more."""
         before = self._freed
         for m in messages:
             if isinstance(m, Claimed):
                 self._given.pop(id(m), None)
-                self._freed += len(m.body)
+                self._freed += m.size
+                m.size = 0
         if self._freed > before and self._opened:
             self._storage.loop.call(self._moved.set)
 
     # Fetching, on the loop's thread
 
-    def _begin(self, entry: _Entry, claim: Claim) -> None:
-        self._turns.append(entry)
-        entry.task = asyncio.create_task(self._fetch(entry, claim))
+    def _begin(self, entry: _Entry) -> None:
+        entry.task = asyncio.create_task(self._fetch(entry))
         self._fetches.add(entry.task)
         entry.task.add_done_callback(partial(self._fetch_ended, entry))
 
     def _fetch_ended(self, entry: _Entry, task: asyncio.Task[None]) -> None:
         self._fetches.discard(task)
-        if not task.cancelled() and (fault := task.exception()) is not None:  # of ours; its message must not be lost
-            self._troubles[entry] = f"{self.name}: an object could not be fetched ({type(fault).__name__})"
-            log.error("%s: an object could not be fetched", self.name, exc_info=fault)
+        self._troubles.pop(entry, None)
 
     def _cancel(self, entry: _Entry) -> None:
         if entry.task is not None:
             entry.task.cancel()
 
-    async def _fetch(self, entry: _Entry, claim: Claim) -> None:
-        try:
+    async def _fetch(self, entry: _Entry) -> None:
+        """Until the body is here, or known never to be; tried for as long as S3 is away."""
+        pause, longest = BACKOFF
+        while entry.outcome is None:
             async with self._slots:
-                entry.outcome = await self._fetched(entry, claim)
-        finally:
-            body = entry.outcome.body if isinstance(entry.outcome, Claimed) else b""
-            self._admitted -= (entry.size or 0) - len(body)
-            self._troubles.pop(entry, None)
-            if entry in self._turns:
-                self._turns.remove(entry)
-            self._moved.set()
+                await self._try(entry)
+            if entry.outcome is None:  # the others need not wait for this one's next try
+                await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+                pause = min(longest, 2 * pause)
         self._arrived.append(entry)
         self._bell.ring()
 
-    async def _fetched(self, entry: _Entry, claim: Claim) -> Message:
-        """The message with its body, or as one that cannot have it; tried for as long as S3 is away."""
-        pause, longest = BACKOFF
-        while True:
-            try:
-                content = await self._storage.get(claim.bucket, claim.key, partial(self._admit, entry, claim))
-                return Claimed(entry.origin, claim, _verified(claim, content))
-            except Malformed as error:
-                return Unclaimed(entry.origin, "invalid_request", str(error))
-            except TooLarge as error:
-                return Unclaimed(entry.origin, "too_large", str(error))
-            except Refused as error:
-                return Unclaimed(entry.origin, "invalid_request", f"{claim.field}: expected an object there ({error})")
-            except ConnectorError as error:
-                self._troubles[entry] = str(error)
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
-            pause = min(longest, 2 * pause)
+    async def _try(self, entry: _Entry) -> None:
+        """Give the entry its outcome, if S3 lets us; of the room it took, what its body does not need is given back."""
+        claim, origin = entry.claim, entry.origin
+        assert claim is not None  # noqa: S101 - narrows the type; no other is fetched
+        body = b""
+        try:
+            content = await self._storage.get(claim.bucket, claim.key, partial(self._admit, entry, claim))
+            body = _verified(claim, content)
+            entry.outcome = Claimed(origin, claim, body)
+        except Malformed as error:
+            entry.outcome = Unclaimed(origin, "invalid_request", str(error))
+        except TooLarge as error:
+            entry.outcome = Unclaimed(origin, "too_large", str(error))
+        except Refused as error:
+            reason = f"{claim.field}: expected an object there ({error})"
+            entry.outcome = Unclaimed(origin, "invalid_request", reason)
+        except ConnectorError as error:
+            self._troubles[entry] = str(error)
+        finally:
+            self._admitted -= entry.size - len(body)
+            entry.size = 0
+            self._moved.set()
 
     async def _admit(self, entry: _Entry, claim: Claim, size: int) -> None:
         """Before anything of the body is read: it must be as large as was said, and there must be room.
 
-        Room is given in the order the messages came: what a later one of a key takes could never become free.
+        There will be: room is taken by what is being read and by what nothing keeps from the pipeline, and when all of
+        it is free anything fits.
         """
+        self._troubles.pop(entry, None)
         self._small_enough(claim, size)
         if claim.size not in (None, size):
             raise Malformed(f"{claim.field}: expected an object of {claim.size} bytes, it has {size}")
-        if entry.size is None:
-            while self._turns[0] is not entry or not self._fits(size):
+        async with self._door:
+            while not self._fits(size):
                 self._moved.clear()
                 await self._moved.wait()
-            self._turns.popleft()
-            self._moved.set()
-        self._admitted += size - (entry.size or 0)  # at another try it may have become another
-        entry.size = size
+            self._admitted += size
+            entry.size = size
 
     def _small_enough(self, claim: Claim, size: int) -> None:
         most = self._max_message * 3 // 2 if claim.base64 else self._max_message
@@ -383,19 +396,17 @@ class ClaimSource:
 
     def settle(self, messages: Sequence[Message]) -> None:
         """Settle them as they came."""
-        claimed = _claimed(messages)
-        self._let_go([m for m in claimed if id(m) in self._given])
+        self._let_go(messages)
         if self._delete:
-            self._answered += [(m.origin, m.claim) for m in claimed if not m.failed]
+            self._answered += [(m.origin, m.claim) for m in messages if isinstance(m, Claimed) and not m.failed]
         self._source.settle(_origins(messages))
 
     def release(self, messages: Sequence[Message]) -> None:
         """Give them back, and what waits here."""
-        self._let_go([m for m in _claimed(messages) if id(m) in self._given])
         waiting = [entry.origin for entry in self._held] + _origins(self._ready)
         for entry in self._held:
             self._storage.loop.call(partial(self._cancel, entry))
-        self._let_go(self._ready)
+        self._let_go([*messages, *self._ready])
         self._held.clear()
         self._lines.clear()
         self._ready.clear()
@@ -408,21 +419,22 @@ class ClaimSource:
     def inflight(self) -> tuple[int, int]:
         """What the source counts, and the bytes fetched.
 
-        What is ready here counts as well, but never keeps itself from being received.
+        What is ready here counts as well, but never keeps itself from being received: with however little of a body,
+        the one before all that is settled and not confirmed may be among it.
         """
         messages, self._plain = self._source.inflight()
         size = self._plain + self._admitted - self._freed
         if self._ready:
             messages = min(messages, self._max_inflight - len(self._ready))
-            size = min(size, self._max_bytes - sum([len(m.body) for m in self._ready]))
+            size = min(size, self._max_bytes - max(1, sum([len(m.body) for m in self._ready])))
         return max(0, messages), max(0, size)
 
     def forget_bodies(self, messages: Sequence[Message]) -> None:
         """Keep only the receipts."""
-        claimed = _claimed(messages)
-        self._let_go([m for m in claimed if id(m) in self._given])
-        for m in claimed:
-            m.body = b""
+        self._let_go(messages)
+        for m in messages:
+            if isinstance(m, Claimed):
+                m.body = b""
         self._source.forget_bodies(_origins(messages))
 
     def tick(self, now: float) -> float:
@@ -450,25 +462,32 @@ class ClaimSource:
         self._answered = kept
 
     def _remove(self, claim: Claim) -> None:
+        if len(self._deletes) >= DELETES:
+            self._leave("too many wait for it")
+            return
         task = asyncio.create_task(self._deleted(claim))
         self._deletes.add(task)
         task.add_done_callback(self._deletes.discard)
 
     async def _deleted(self, claim: Claim) -> None:
-        problem: ConnectorError | None = None
-        async with self._delete_slots:
-            for pause in DELETE_AFTER:
-                await asyncio.sleep(pause)
-                try:
+        why = ""
+        for pause in DELETE_AFTER:
+            await asyncio.sleep(pause)
+            try:
+                async with self._delete_slots:
                     await self._storage.delete(claim.bucket, claim.key)
-                except ConnectorError as error:
-                    problem = error
-                else:
-                    return
+            except ConnectorError as error:
+                why = str(error)
+            else:
+                return
+        self._leave(why)
+
+    def _leave(self, why: str) -> None:
+        """An object stays that was to be deleted."""
         self._left += 1
         if self._clock() - self._said_at > QUIET:
             self._said_at = self._clock()
-            log.warning("%s: %d objects could not be deleted and stay: %s", self.name, self._left, problem)
+            log.warning("%s: %d objects could not be deleted and stay: %s", self.name, self._left, why)
 
     # Asked by others
 
@@ -526,11 +545,17 @@ class _Write:
         self.stored: dict[int, tuple[str, str]] = {}  # by position: name and SHA-256
         self.error: ConnectorError | None = None
 
+    def fail(self, error: ConnectorError) -> None:
+        """None of it was written."""
+        self.error = error  # so that no more of it is stored
+        self.done([(i, error) for i in range(len(self.records))])
+
 
 class ClaimSink:
     """A sink whose large records have their bodies in S3.
 
-    An object's name is made of the record's id and body, so one that is written again overwrites itself.
+    An object's name is made of the record's id and body, so one that is written again overwrites itself. What fails,
+    in S3 or in the sink, fails with all that is behind it: whoever writes it again then does so in order.
 
     Args:
         sink: Where the records go.
@@ -548,7 +573,8 @@ class ClaimSink:
         self._over = over
         self._pointers = pointers
         self._opened = False
-        self._writes: deque[_Write] = deque()
+        self._writes: deque[_Write] = deque()  # those that are not with the sink yet
+        self._inside = 0  # those that are, and not done
         self._problem: str | None = None
         self._uploads: set[asyncio.Task[None]] = set()  # of the loop's thread
 
@@ -568,10 +594,10 @@ class ClaimSink:
     def write(self, records: Records, done: Done) -> None:
         """Store what is large, then write; later writes wait for earlier ones."""
         large = [i for i, body in enumerate(records.bodies) if len(body) > self._over]
-        if not large and not self._writes:
-            self._sink.write(records, done)
-            return
         write = _Write(records, done, len(large))
+        if not large and not self._writes:
+            self._pass_on(write)
+            return
         self._writes.append(write)
         if large:
             self._storage.loop.call(partial(self._begin, write, large))
@@ -585,39 +611,54 @@ class ClaimSink:
             task.add_done_callback(self._uploads.discard)
 
     async def _store(self, write: _Write, i: int) -> None:
-        async with self._slots:
-            if write.error is None:
-                body = write.records.bodies[i]
-                own = hashlib.sha256(write.records.messages[i].id.encode())
-                own.update(body)
-                name = own.hexdigest()
-                try:
-                    await self._storage.put(self._to.bucket, self._to.prefix + name, body)
-                except ConnectorError as error:
-                    write.error = error
-                    self._problem = str(error)
-                else:
-                    write.stored[i] = name, hashlib.sha256(body).hexdigest()
-                    self._problem = None
-        write.left -= 1
-        if not write.left:
-            self._bell.ring()
+        try:
+            async with self._slots:
+                if write.error is None:
+                    write.stored[i] = await self._stored(write.records.messages[i].id, write.records.bodies[i])
+        except ConnectorError as error:
+            write.error = error
+        finally:
+            write.left -= 1
+            if write.error is not None or not write.left:
+                self._bell.ring()
+
+    async def _stored(self, id_: str, body: bytes) -> tuple[str, str]:
+        """Name and SHA-256 of the object that has this body now."""
+        own = hashlib.sha256(id_.encode())
+        own.update(body)
+        name = own.hexdigest()
+        await self._storage.put(self._to.bucket, self._to.prefix + name, body)
+        return name, hashlib.sha256(body).hexdigest()
 
     # Asked by the pipeline
 
     def tick(self) -> None:
-        """Write what is stored; where that fails, all that is behind it is to be written again as well, in order."""
-        while self._writes and not self._writes[0].left:
-            write = self._writes.popleft()
-            if write.error is None:
-                self._sink.write(self._claiming(write), write.done)
-                continue
-            failed = [write, *self._writes]
-            self._writes.clear()
-            for each in failed:
-                each.error = write.error  # so that no more of it is stored
-                each.done([(i, write.error) for i in range(len(each.records))])
+        """Write what is stored. What could not be is to be written again once all before it is durable, or is too."""
+        while self._writes and not self._writes[0].left and self._writes[0].error is None:
+            self._pass_on(self._writes.popleft())
+        if self._writes and (error := self._writes[0].error) is not None and not self._inside:
+            self._problem = str(error)
+            self._fail_waiting(error)
         self._sink.tick()
+
+    def _pass_on(self, write: _Write) -> None:
+        self._inside += 1
+        self._sink.write(self._claiming(write), partial(self._written, write))
+
+    def _written(self, write: _Write, failures: Sequence[Failure]) -> None:
+        self._inside -= 1
+        write.done(failures)
+        held = next((error for _, error in failures if not isinstance(error, Refused)), None)
+        if held is not None:
+            self._fail_waiting(held)
+        elif write.stored or not self._writes:
+            self._problem = None  # S3 answers, or nothing waits for it
+
+    def _fail_waiting(self, error: ConnectorError) -> None:
+        """What came before will be written again: so must this be, behind it."""
+        waiting, self._writes = self._writes, deque()
+        for write in waiting:
+            write.fail(error)
 
     def _claiming(self, write: _Write) -> Records:
         """The records, with claims in place of what is stored."""
@@ -639,7 +680,8 @@ class ClaimSink:
 
     def healthy(self) -> str | None:
         """What is wrong with the sink, or keeps an object from being stored."""
-        return self._sink.healthy() or self._problem
+        failed = (str(write.error) for write in self._writes if write.error is not None)
+        return self._sink.healthy() or next(failed, self._problem)
 
     def close(self, timeout: float) -> None:
         """Wait for pending writes, then drop them."""
@@ -647,9 +689,10 @@ class ClaimSink:
             return
         self._opened = False
         until = time.monotonic() + timeout
-        while self._writes and time.monotonic() < until:
-            self.tick()
-            time.sleep(PAUSE)
+        with contextlib.suppress(Fatal):  # the sink can go on no more: nor can what is pending
+            while self._writes and time.monotonic() < until:
+                self.tick()
+                time.sleep(PAUSE)
         self._writes.clear()
         self._storage.loop.run(self._stop())
         self._storage.close()
@@ -689,10 +732,6 @@ def _verified(claim: Claim, content: bytes) -> bytes:
         return base64.b64decode(b"".join(content.split()), validate=True)
     except ValueError:
         raise Malformed("the object is not base64, as attribute inferbus-encoding says") from None
-
-
-def _claimed(messages: Iterable[Message]) -> list[Claimed]:
-    return [m for m in messages if isinstance(m, Claimed)]
 
 
 def _origin(m: Message) -> Message:

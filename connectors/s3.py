@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from inferbus.connectors.aws import TROUBLE, Loop, code_of, complaint, ended
@@ -28,6 +29,8 @@ _NO_BUCKET = {"NoSuchBucket", "404"}
 _NO_OBJECT = {"404", "InvalidArgument", "InvalidObjectState", "InvalidRequest", "InvalidURI", "KeyTooLongError",
               "NoSuchKey", "NotFound", "XMinioInvalidObjectName"}  # fmt: skip
 """What S3 says of an object that it will not give however often it is asked: missing, archived, no possible key."""
+
+log = logging.getLogger("inferbus.s3")
 
 
 async def connected(loop: Loop, region: str | None, endpoint_url: str | None, connections: int) -> Any:
@@ -56,6 +59,7 @@ class Storage:
         self._endpoint_url = endpoint_url
         self._connections = connections
         self._users = 0
+        self._unannounced: set[type[Exception]] = set()  # of the loop's thread: what the client raised and was logged
 
     def open(self) -> None:
         """Take another connector into the count of those that `close`; the first makes the client.
@@ -86,8 +90,26 @@ class Storage:
             self.loop.run(self._client.close())
             self.loop.close()
 
+    @contextlib.contextmanager
+    def _asked(self, bucket: str, action: str) -> Iterator[None]:
+        """Around every call: whatever comes of it leaves as our own error, also what the client does not announce."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - clients raise RuntimeError and KeyError too; callers wait for ours
+            raise self._complaint(error, bucket, action) from None
+
     def _complaint(self, error: Exception, bucket: str, action: str) -> ConnectorError:
-        return complaint(error, "s3", f'bucket "{bucket}"', f"s3:{action}", self._endpoint_url)
+        code = code_of(error)
+        if action == "GetObject" and code in _NO_OBJECT:
+            return Refused(code)
+        if code in _NO_BUCKET:
+            return Unavailable(f's3: bucket "{bucket}" does not exist; create it, or correct the name')
+        if isinstance(error, TROUBLE):
+            return complaint(error, "s3", f'bucket "{bucket}"', f"s3:{action}", self._endpoint_url)
+        if type(error) not in self._unannounced:
+            self._unannounced.add(type(error))
+            log.error("s3: %s failed in the client", action, exc_info=error)
+        return Unavailable(f's3: bucket "{bucket}": {action} failed in the client ({type(error).__name__})')
 
     async def reach(self, bucket: str) -> None:
         """See that a bucket is there.
@@ -95,10 +117,8 @@ class Storage:
         Raises:
             Unavailable: It is away, missing, or forbidden.
         """
-        try:
+        with self._asked(bucket, "ListBucket"):
             await self._client.head_bucket(Bucket=bucket)
-        except TROUBLE as error:
-            raise self._missing(error, bucket, "ListBucket") from None
 
     async def try_to_write(self, bucket: str, prefix: str) -> None:
         """Write a mark under a prefix.
@@ -106,15 +126,8 @@ class Storage:
         Raises:
             Unavailable: The bucket is away, missing, or may not be written.
         """
-        try:
+        with self._asked(bucket, "PutObject"):
             await self._client.put_object(Bucket=bucket, Key=prefix + MARK, Body=b"")
-        except TROUBLE as error:
-            raise self._missing(error, bucket, "PutObject") from None
-
-    def _missing(self, error: Exception, bucket: str, action: str) -> ConnectorError:
-        if code_of(error) in _NO_BUCKET:
-            return Unavailable(f's3: bucket "{bucket}" does not exist; create it, or correct the name')
-        return self._complaint(error, bucket, action)
 
     async def get(self, bucket: str, key: str, admit: Callable[[int], Awaitable[None]]) -> bytes:
         """The content of an object; `admit` is told its size before any of it is read, and may wait or raise.
@@ -123,16 +136,16 @@ class Storage:
             Refused: It is not there, and never will be by itself.
             Unavailable: The bucket is away, missing, or may not be read.
         """
-        try:
+        with self._asked(bucket, "GetObject"):
             answer = await self._client.get_object(Bucket=bucket, Key=key)
-            async with answer["Body"] as body:
-                await admit(answer["ContentLength"])
+            body, size = answer["Body"], answer["ContentLength"]
+        try:
+            await admit(size)
+            with self._asked(bucket, "GetObject"):
                 content: bytes = await body.read()
-                return content
-        except TROUBLE as error:
-            if code_of(error) in _NO_OBJECT:
-                raise Refused(code_of(error)) from None
-            raise self._complaint(error, bucket, "GetObject") from None
+            return content
+        finally:
+            body.close()
 
     async def delete(self, bucket: str, key: str) -> None:
         """Remove an object, if it is there.
@@ -140,10 +153,8 @@ class Storage:
         Raises:
             Unavailable: The bucket is away, or may not be written.
         """
-        try:
+        with self._asked(bucket, "DeleteObject"):
             await self._client.delete_object(Bucket=bucket, Key=key)
-        except TROUBLE as error:
-            raise self._complaint(error, bucket, "DeleteObject") from None
 
     async def put(self, bucket: str, key: str, content: bytes) -> None:
         """Store an object, in place of what had the key.
@@ -151,10 +162,8 @@ class Storage:
         Raises:
             Unavailable: The bucket is away, missing, or may not be written.
         """
-        try:
+        with self._asked(bucket, "PutObject"):
             await self._put(bucket, key, content)
-        except TROUBLE as error:
-            raise self._complaint(error, bucket, "PutObject") from None
 
     async def _put(self, bucket: str, key: str, content: bytes) -> None:
         place = {"Bucket": bucket, "Key": key}
@@ -167,7 +176,7 @@ class Storage:
             await self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
         except BaseException:
             # Parts of an upload that was given up are kept, and paid for, until somebody says so.
-            with contextlib.suppress(*TROUBLE):
+            with contextlib.suppress(Exception):
                 await self._client.abort_multipart_upload(**upload)
             raise
 

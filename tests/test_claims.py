@@ -12,11 +12,24 @@ from typing import Any
 
 import orjson
 import pytest
+from botocore.exceptions import ClientError
 
-from inferbus.connectors.base import Bell, Failure, Headers, Message, Records, Sink, Source, Unavailable, Unreadable
+from inferbus.connectors.base import (
+    Bell,
+    Failure,
+    Fatal,
+    Headers,
+    Message,
+    Records,
+    Refused,
+    Sink,
+    Source,
+    Unavailable,
+    Unreadable,
+)
 from inferbus.connectors.claim_mapping import Place as S3Place
 from inferbus.connectors.claims import AT_ONCE, CONNECTIONS, Claimed, ClaimSink, ClaimSource
-from inferbus.connectors.memory import MemoryBus, MemorySink, MemorySource
+from inferbus.connectors.memory import PLACE, MemoryBus, MemorySink, MemorySource
 from inferbus.connectors.s3 import Storage
 from inferbus.models.codecs import codec
 from inferbus.models.warmup import warm_up_input
@@ -302,6 +315,121 @@ def test_while_s3_is_away_others_pass_nothing_is_lost_and_the_source_says_so(sho
         assert source.healthy() is None
 
 
+@contextmanager
+def answering(source: ClaimSource, faults: dict[str, Exception]) -> Iterator[None]:
+    """S3 answers with a fault whoever asks for these keys, for as long as they are in `faults`."""
+    client = source._storage._client
+    get = client.get_object
+
+    async def get_object(**asked: Any) -> Any:
+        if (fault := faults.get(asked["Key"])) is not None:
+            raise fault
+        return await get(**asked)
+
+    client.get_object = get_object
+    try:
+        yield
+    finally:
+        del client.get_object
+
+
+FORBIDDEN = ClientError({"Error": {"Code": "AccessDenied"}}, "GetObject")
+
+
+def test_an_object_that_is_forbidden_holds_up_its_key_alone_until_it_is_allowed(shop: Shop) -> None:
+    faults: dict[str, Exception] = {shop.ask(b"a0", b"a"): FORBIDDEN}
+    for i in range(1, AT_ONCE + 2):  # more than are fetched at once
+        shop.ask(b"a%d" % i, b"a")
+    for i in range(2 * AT_ONCE):
+        shop.ask(b"%d" % i, b"k%d" % (i % 3))
+    with opened(shop.source()) as source, answering(source, faults):
+        others = receive(source, 2 * AT_ONCE)
+        assert {m.key for m in others} == {b"k0", b"k1", b"k2"}
+        assert len(others) == 2 * AT_ONCE
+        assert source.healthy() == f's3: bucket "{shop.bucket}": not allowed; grant s3:GetObject'
+        faults.clear()
+        assert [m.body for m in receive(source, AT_ONCE + 2)] == [b"a%d" % i for i in range(AT_ONCE + 2)]
+        assert source.healthy() is None
+
+
+def test_many_objects_that_are_forbidden_leave_others_their_turn(shop: Shop) -> None:
+    faults: dict[str, Exception] = {shop.ask(b"forbidden"): FORBIDDEN for _ in range(2 * AT_ONCE)}
+    for i in range(10):
+        shop.ask(b"%d" % i)
+    with opened(shop.source()) as source, answering(source, faults):
+        assert {m.body for m in receive(source, 10)} == {b"%d" % i for i in range(10)}
+        faults.clear()
+        assert [m.body for m in receive(source, 2 * AT_ONCE)] == [b"forbidden"] * 2 * AT_ONCE
+
+
+def test_what_the_client_does_not_announce_is_said_once_and_tried_again(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults: dict[str, Exception] = {shop.ask(b"1"): RuntimeError("expired"), shop.ask(b"2"): KeyError("Body")}
+    with opened(shop.source()) as source, answering(source, faults):
+        assert source.receive(10) == []
+        until(lambda: len(source._troubles) == 2, source)
+        where = f's3: bucket "{shop.bucket}": GetObject failed in the client'
+        assert set(source._troubles.values()) == {f"{where} (RuntimeError)", f"{where} (KeyError)"}
+        time.sleep(0.3)  # for it to be tried again
+        assert len(caplog.messages) == 2
+        faults.clear()
+        assert {m.body for m in receive(source, 2)} == {b"1", b"2"}
+
+
+def test_the_trouble_of_an_object_that_waits_for_room_is_over(shop: Shop) -> None:
+    shop.ask(b"1234567890")
+    with opened(shop.source(max_inflight_bytes=10)) as source:
+        first = receive(source, 1)
+        faults: dict[str, Exception] = {shop.ask(b"12345"): FORBIDDEN}
+        with answering(source, faults):
+            assert source.receive(1) == []
+            until(source.healthy, source)
+            faults.clear()
+            until(lambda: source.healthy() is None, source)
+            assert receive_now(source) == []
+            source.settle(first)
+            assert [m.body for m in receive(source, 1)] == [b"12345"]
+
+
+def receive_now(source: ClaimSource) -> list[Message]:
+    time.sleep(0.1)
+    return source.receive(10)
+
+
+def test_what_is_lost_before_it_was_even_asked_for_stands_in_nobodys_way(shop: Shop) -> None:
+    for i in range(3 * AT_ONCE):
+        shop.ask(b"%d" % i, b"k%d" % (i % 5))
+    with opened(shop.source()) as source:
+        for i in range(5):
+            assert source.receive(100) == []
+            shop.inner.lose()
+            source.tick(time.monotonic() + i)
+        came = receive(source, 3 * AT_ONCE)
+        assert sorted(int(m.body) for m in came) == list(range(3 * AT_ONCE))
+        settle_(source, came)
+        assert source.inflight() == (0, 0)
+        assert source._admitted == source._freed
+
+
+def test_what_is_given_back_while_it_is_fetched_takes_no_room(shop: Shop) -> None:
+    for i in range(AT_ONCE):
+        shop.ask(b"12345", b"k%d" % (i % 3))
+    with opened(shop.source()) as source:
+        some = receive(source, 2)
+        source.release(some)
+        until(lambda: source.inflight() == (0, 0) and not source._fetches, source)
+        assert source._admitted == source._freed
+        assert len(receive(source, AT_ONCE)) == AT_ONCE
+
+
+def test_a_message_that_could_not_be_read_is_not_looked_at(shop: Shop) -> None:
+    broken = Unreadable("id", None, None, "invalid_request", "half of it is missing", None, b"", shop.claim("in/x"))
+    source = shop.source()
+    source._sort(broken)
+    assert list(source._ready) == [broken]
+
+
 def test_a_source_is_open_only_when_every_bucket_is_there(shop: Shop) -> None:
     source = ClaimSource(shop.inner, shop.storage(), [S3Place(shop.bucket, ""), S3Place("no-such-one", "")])
     with pytest.raises(Unavailable, match=r'^s3: bucket "no-such-one" does not exist; create it, or correct the name$'):
@@ -363,6 +491,24 @@ def test_an_object_that_cannot_be_deleted_stays_and_holds_nothing_up(
             until(lambda: caplog.messages, source)
     assert shop.stored() == {at}
     assert "1 objects could not be deleted and stay: s3: bucket" in caplog.text
+
+
+def test_objects_whose_deletes_pile_up_are_left(
+    shop: Shop, toxiproxy: Toxiproxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inferbus.connectors.claims.DELETES", 2)
+    monkeypatch.setattr("inferbus.connectors.claims.CLOSING", 0.1)
+    proxy = toxiproxy.before(shop.s3.url.rpartition("/")[2])
+    shop.url = f"http://{proxy.address}"
+    for _ in range(5):
+        shop.ask(b"1")
+    with opened(shop.source(delete=True)) as source:
+        messages = receive(source, 5)
+        with proxy.silent():
+            settle_(source, messages)
+            until(lambda: source._left, source)
+            assert (source._left, len(source._deletes)) == (3, 2)
+    assert "objects could not be deleted and stay: too many wait for it" in caplog.text
 
 
 # Out
@@ -438,6 +584,106 @@ def test_what_cannot_be_stored_fails_with_all_that_is_behind_it(shop: Shop, toxi
     sink.close(1.0)
 
 
+class Outlet:
+    """Writes records of rising size, and keeps what became of each write."""
+
+    def __init__(self, shop: Shop) -> None:
+        self.sink = shop.sink(over=10)
+        self.sink.open(Bell())
+        self.done: list[tuple[str, int]] = []  # id of the first record, failures
+
+    def write(self, records: Records) -> None:
+        id_ = records.messages[0].id
+        self.sink.write(records, lambda failures: self.done.append((id_, len(failures))))
+
+    def comes_to(self, count: int) -> list[tuple[str, int]]:
+        until(lambda: self.sink.tick() or len(self.done) >= count)  # type: ignore[func-returns-value, redundant-expr]
+        return self.done
+
+
+def test_what_the_sink_could_not_write_takes_with_it_all_that_waits_behind_it(shop: Shop) -> None:
+    the = Outlet(shop)
+    away = Unavailable("away")
+    shop.out.refuse = lambda body: away if body else None
+    the.write(outcomes(1))
+    the.write(outcomes(20, first=1))
+    the.write(outcomes(1, first=2))
+    the.sink.tick()  # before anything can have been stored
+    assert the.comes_to(3) == [("m0", 1), ("m1", 1), ("m2", 1)]
+    assert shop.out.written == []
+    shop.out.refuse = lambda _: None
+    for i, size in enumerate((1, 20, 1)):
+        the.write(outcomes(size, first=i))
+    assert the.comes_to(6)[3:] == [("m0", 0), ("m1", 0), ("m2", 0)]
+    assert [id_ for id_, *_ in shop.out.written] == ["m0", "m1", "m2"]
+    the.sink.close(1.0)
+
+
+def test_what_could_not_be_stored_fails_after_all_that_is_before_it(shop: Shop, toxiproxy: Toxiproxy) -> None:
+    proxy = toxiproxy.before(shop.s3.url.rpartition("/")[2])
+    shop.url = f"http://{proxy.address}"
+    the = Outlet(shop)
+    shop.out.held = True
+    with proxy.cut():
+        the.write(outcomes(1))
+        the.write(outcomes(20, first=1))
+        until(lambda: the.sink._writes[0].error)
+        the.sink.tick()
+        assert the.done == []
+        shop.out.held = False
+        shop.out.refuse = lambda _: Unavailable("away")
+        assert the.comes_to(2) == [("m0", 1), ("m1", 1)]
+    the.sink.close(1.0)
+
+
+def test_a_record_that_is_refused_takes_no_other_with_it(shop: Shop) -> None:
+    the = Outlet(shop)
+    shop.out.refuse = lambda body: Refused("never") if body == b"0" else None
+    the.write(outcomes(1))
+    the.write(outcomes(20, first=1))
+    assert the.comes_to(2) == [("m0", 1), ("m1", 0)]
+    the.sink.close(1.0)
+
+
+def test_a_fault_of_the_client_fails_a_write_and_is_over_once_nothing_waits(shop: Shop) -> None:
+    the = Outlet(shop)
+    client = the.sink._storage._client
+
+    async def put_object(**_: Any) -> None:
+        raise RuntimeError("expired")
+
+    client.put_object = put_object
+    the.write(outcomes(20))
+    assert the.comes_to(1) == [("m0", 1)]
+    assert the.sink.healthy() == f's3: bucket "{shop.bucket}": PutObject failed in the client (RuntimeError)'
+    the.write(outcomes(1, first=1))
+    the.write(outcomes(20, first=2))
+    assert the.comes_to(3)[1:] == [("m1", 0), ("m2", 1)]
+    assert "RuntimeError" in (the.sink.healthy() or "")
+    the.write(outcomes(1, first=3))  # nobody asks for the others again
+    assert the.comes_to(4)[3:] == [("m3", 0)]
+    assert the.sink.healthy() is None
+    the.sink.close(1.0)
+
+
+class Spent(MemorySink):
+    """A sink that can go on no more."""
+
+    def tick(self) -> None:
+        raise Fatal("fenced")
+
+    def close(self, timeout: float) -> None:  # noqa: ARG002 - as of a sink
+        self.held = True
+
+
+def test_closing_goes_on_where_the_sink_cannot(shop: Shop) -> None:
+    shop.out = Spent()
+    the = Outlet(shop)
+    the.write(outcomes(20))
+    the.sink.close(1.0)
+    assert shop.out.held
+
+
 # A whole pipeline
 
 
@@ -506,6 +752,36 @@ def test_whatever_the_caps_every_request_gets_its_answer_in_the_order_of_its_key
         assert set(orjson.loads(seen.body)["outputs"][0]["data"]) == {2.0 * int(id_)}
     until(s.pipeline.idle)
     assert s.source.inflight() == (0, 0)
+
+
+class PrefixSource(MemorySource):
+    """Counts, as Kafka's does, what is settled behind something that is not."""
+
+    def __init__(self, bus: MemoryBus) -> None:
+        super().__init__(bus)
+        self._sizes: dict[int, int] = {}
+
+    def receive(self, limit: int) -> list[Message]:
+        messages = super().receive(limit)
+        self._sizes |= {PLACE(m.receipt): len(m.body) for m in messages}
+        return messages
+
+    def inflight(self) -> tuple[int, int]:
+        first = min(self._inflight, default=None)
+        behind = [size for place, size in self._sizes.items() if first is not None and place >= first]
+        return len(behind), sum(behind)
+
+
+def test_a_body_that_is_nothing_is_received_where_all_else_waits_for_it(
+    shop: Shop, running: Callable[..., Setting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.MemorySource", PrefixSource)
+    shop.bus.publish(b"", None, shop.claim("in/none"))
+    for i in range(20):
+        shop.bus.publish(body_of(i))
+    s = running(max_inflight_bytes=20 * len(body_of(0)))
+    s.serve(21)
+    until(s.pipeline.idle)
 
 
 def test_an_error_record_is_the_message_as_it_came_and_its_object_stays(

@@ -16,8 +16,8 @@ from inferbus.connectors.base import Headers, Message
 from inferbus.worker import access
 from inferbus.worker.cli import main
 from inferbus.worker.pipeline_file import load
-from tests.end_to_end import Worker, await_, body_of, model_that
-from tests.servers import S3, Sqs
+from tests.end_to_end import Worker, await_, body_of, model_that, value
+from tests.servers import S3, Kafka, Proxy, Sqs, Toxiproxy
 
 pytestmark = pytest.mark.broker
 
@@ -30,11 +30,11 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3.credentials[1])
 
 
-def places(kind: str, server: Any) -> dict[str, Any]:
+def places(kind: str, server: Any, partitions: int = 1) -> dict[str, Any]:
     """`source`, `sink` and `errors` of a pipeline file, made for it."""
     if kind == "kafka":
         at = {"brokers": server.brokers, "config": {"session.timeout.ms": 6000}}
-        named = [{"topic": server.topic(1), **at}, {"topic": server.topic(1)}, {"topic": server.topic(1)}]
+        named = [{"topic": server.topic(partitions), **at}, {"topic": server.topic(1)}, {"topic": server.topic(1)}]
     elif kind == "rabbitmq":
         named = [{"url": server.url, "queue": server.queue()}]
         named += [{"routing_key": server.queue()} for _ in range(2)]
@@ -49,10 +49,11 @@ class Scene:
 
     def __init__(self, s3: S3, folder: Path, named: dict[str, Any], harm: str = "pass", **claim_check: Any) -> None:
         self.s3, self.folder, self.bucket = s3, folder, s3.bucket()
-        chosen = {"allow": [f"s3://{self.bucket}/in"], "to": f"s3://{self.bucket}/out", "over": 250, **claim_check}
+        at = {"region": s3.region, "endpoint_url": s3.url}
+        ours = {"allow": [f"s3://{self.bucket}/in"], "to": f"s3://{self.bucket}/out", "over": 250}
         pipeline = {
-            "name": "affine", "model": str(model_that(harm, folder / "model")), "http": None, "batch": {"max_rows": 8},
-            "claim_check": {**chosen, "region": s3.region, "endpoint_url": s3.url}, **named,
+            "name": "affine", "model": str(model_that(harm, folder / "model")), "http": {"port": 0},
+            "batch": {"max_rows": 8}, "claim_check": {**ours, **at, **claim_check}, **named,
         }  # fmt: skip
         self.file = folder / "p.yaml"
         self.file.write_text(yaml.safe_dump(pipeline))
@@ -67,11 +68,26 @@ class Scene:
     def claim(self, name: str) -> Headers:
         return (("inferbus-claim", orjson.dumps({"url": f"s3://{self.bucket}/in/{name}"})),)
 
-    def publish(self, *requests: tuple[bytes, Headers]) -> None:
+    def publish(self, *requests: tuple[bytes, Headers], key: bytes = b"k") -> None:
         with access.publisher(self.settings.source.place) as publisher:
             for body, headers in requests:
-                publisher.publish(body, b"k", headers)
+                publisher.publish(body, key, headers)
             publisher.finish()
+
+    def ask(self, *serials: int) -> None:
+        """Publish requests that lie in S3, of eight keys."""
+        for key in {serial % 8 for serial in serials}:
+            asked = [serial for serial in serials if serial % 8 == key]
+            requests = [(b"", (*named(f"{i}"), *self.put(f"{i}", body_of([[i, 0.0, 0.0]])))) for i in asked]
+            self.publish(*requests, key=b"k%d" % key)
+
+    def await_answers(self, count: int) -> None:
+        """Wait for the answers to requests 0 to `count`, whose objects are deleted then; there must be one to each."""
+        await_(lambda: not self.unanswered(), f"{count} answers", *self.workers)
+        found = self.predictions()
+        assert sorted(int(id_) for id_, _, _ in found) == list(range(count))
+        assert all(y == [float(id_), -float(id_)] for id_, y, _ in found)
+        assert self.read("errors") == []
 
     def worker(self, *arguments: str) -> Worker:
         self.workers.append(Worker([str(self.file), *arguments], self.folder / f"{len(self.workers)}.log"))
@@ -217,3 +233,57 @@ def test_the_sqs_extended_client_is_understood_and_answered(sqs: Sqs, stage: Sta
     attributes = answer["MessageAttributes"]
     assert attributes["ExtendedPayloadSize"] == {"DataType": "Number", "StringValue": str(len(body))}
     assert "inferbus-claim" in attributes
+
+
+# S3 is away
+
+
+@pytest.fixture
+def proxy(s3: S3, toxiproxy: Toxiproxy) -> Proxy:
+    return toxiproxy.before(s3.url.rpartition("/")[2])
+
+
+def test_claims_that_wait_while_partitions_change_hands_are_served_by_their_new_owner(
+    kafka: Kafka, proxy: Proxy, stage: Stage
+) -> None:
+    scene = stage(places("kafka", kafka, partitions=4), endpoint_url=f"http://{proxy.address}", delete=True)
+    one = scene.worker().is_ready()
+    with proxy.cut():
+        scene.ask(*range(200))
+        await_(lambda: value(one, "inferbus_inflight_messages") == 200, "all to wait", one)
+        two = scene.worker("--set", f"claim_check.endpoint_url={scene.s3.url}").is_ready()
+        await_(lambda: value(one, "inferbus_inflight_messages") < 200, "partitions to change hands", one, two)
+        assert one.running()
+    scene.await_answers(200)
+    for worker in (one, two):
+        worker.stop()
+
+
+def test_a_worker_waits_for_s3_at_start_and_gives_up_in_the_end(
+    buses: dict[str, Any], proxy: Proxy, stage: Stage
+) -> None:
+    scene = stage(buses, endpoint_url=f"http://{proxy.address}", delete=True)
+    scene.ask(*range(10))
+    with proxy.cut():
+        worker = scene.worker("--set", "retry.start=60s")
+        worker.has_said("waiting")
+        assert scene.worker("--set", "retry.start=1s").ended() == 3
+    scene.await_answers(10)
+    worker.stop()
+
+
+def test_an_s3_that_goes_away_and_comes_back_costs_nothing_but_time(
+    buses: dict[str, Any], proxy: Proxy, stage: Stage
+) -> None:
+    scene = stage(buses, endpoint_url=f"http://{proxy.address}", delete=True, over=1)
+    worker = scene.worker().is_ready()
+    scene.ask(*range(50))
+    await_(lambda: not scene.unanswered(), "the first answers", worker)  # what cannot be deleted later stays
+    with proxy.cut():
+        scene.ask(*range(50, 100))
+        worker.answers("/readyz", 503)
+        why = f'bucket "{scene.bucket}": no answer from {proxy.address}'
+        await_(lambda: why in worker.get("/readyz")[1].replace("\\", ""), "the page to say why", worker)
+    worker.answers("/readyz", 200)
+    scene.await_answers(100)
+    worker.stop()
