@@ -24,7 +24,7 @@ from inferbus.client.courier import Courier
 from inferbus.connectors.base import Headers, Message, Misconfigured, Unavailable
 from inferbus.models.base import DATATYPES
 from inferbus.worker import build
-from inferbus.worker.inbox import inbox
+from inferbus.worker.inbox import failure, inbox
 from inferbus.worker.pipeline_file import load
 
 Outputs = dict[str, npt.NDArray[Any]]
@@ -164,8 +164,7 @@ class Client:
             if dict(m.headers).get("inferbus-status") == b"ok":
                 future.set_result(m.body)
             else:
-                code, _, text = str(orjson.loads(m.body).get("error", "")).partition(": ")
-                future.set_exception(RequestFailed(code, text))
+                future.set_exception(RequestFailed(*failure(m)))
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
+import orjson
+
 from inferbus.connectors.base import Bell, ConnectorError, Message, Misconfigured, Source
 from inferbus.connectors.settings import (
     KafkaSourceSettings,
@@ -51,6 +53,12 @@ class Inbox(Protocol):
 
     def close(self) -> None:
         """Remove what was made. Idempotent."""
+
+
+def failure(reply: Message) -> tuple[str, str]:
+    """Code and sentence of a reply that says that its request failed."""
+    code, _, text = str(orjson.loads(reply.body).get("error", "")).partition(": ")
+    return code, text
 
 
 def inbox(settings: PipelineSettings, reply_to: str | None = None) -> Inbox:

@@ -20,7 +20,7 @@ import orjson
 from inferbus.connectors.base import Bell, Headers, Message, Misconfigured, TooLarge
 from inferbus.connectors.settings import KafkaSinkSettings
 from inferbus.worker import access
-from inferbus.worker.inbox import inbox
+from inferbus.worker.inbox import failure, inbox
 from inferbus.worker.settings import PipelineSettings
 
 DONE, AWAY = 0, 3
@@ -161,7 +161,7 @@ def _outcome(message: Message) -> dict[str, Any]:
         error = orjson.loads(headers["inferbus-error"])
         return {"id": error.get("id"), "status": "error", "error": error}
     if headers.get("inferbus-status") == b"error":  # a reply
-        code, _, text = str(orjson.loads(message.body).get("error", "")).partition(": ")
+        code, text = failure(message)
         return {"id": message.id, "status": "error", "error": {"id": message.id, "code": code, "message": text}}
     try:
         outcome = orjson.loads(message.body)
