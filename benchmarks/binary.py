@@ -33,7 +33,7 @@ def main() -> None:
         source = bus.topic()
         bus.fill(source, args.messages, binary_requests("x", "FP32", images))
         contest = Contest(bus, source, image_model(folder), args.messages, args.rows, folder, binary=True)
-        contest.pairs(args.runs, ("bare", bare), ("inferbus", inferbus))
+        contest.rounds(args.runs, ("bare", bare), ("inferbus", inferbus))
     contest.show()
     figures = [ratio(contest, 0.85)]
     save(args.out, began, figures, {"request_bytes": images[0].nbytes, **contest.result(args.runs)})

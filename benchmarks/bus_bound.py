@@ -36,7 +36,7 @@ def main() -> None:
         source = bus.topic()
         bus.fill(source, args.messages, json_requests())
         contest = Contest(bus, source, tiny_model(folder), args.messages, ROWS, folder)
-        contest.pairs(args.runs, ("bare", bare), ("inferbus", inferbus))
+        contest.rounds(args.runs, ("bare", bare), ("inferbus", inferbus))
         for _ in range(args.runs):
             for name, python in peers.items():
                 served = min(args.messages, args.peer_messages)

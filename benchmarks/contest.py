@@ -124,16 +124,16 @@ class Turns(ABC):
         self.turns.setdefault(name, []).append(done)
         return done
 
-    def pairs(self, runs: int, one: tuple[str, Worker], other: tuple[str, Worker]) -> None:
-        """Turn by turn, each pair in the other order than the one before: what drifts harms both alike.
+    def rounds(self, runs: int, *workers: tuple[str, Worker]) -> None:
+        """Turn by turn, each round in the other order than the one before: what drifts harms all alike.
 
         A first turn of each does not count: a broker that has just started gets faster with every message.
         """
-        for name, worker in (one, other):
+        for name, worker in workers:
             self.turn(name, worker)
         self.turns.clear()
         for i in range(runs):
-            for name, worker in (one, other) if i % 2 == 0 else (other, one):
+            for name, worker in workers if i % 2 == 0 else reversed(workers):
                 self.turn(name, worker)
 
     def median(self, name: str, what: str = "rate") -> float:

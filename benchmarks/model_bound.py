@@ -40,7 +40,7 @@ def main() -> None:
         source = bus.topic()
         bus.fill(source, args.messages, binary_requests(name, "INT32", rows))
         contest = Contest(bus, source, model, args.messages, best, Path(scratch), binary=True)
-        contest.pairs(args.runs, ("bare", bare), ("inferbus", inferbus))
+        contest.rounds(args.runs, ("bare", bare), ("inferbus", inferbus))
     contest.show()
     figures = [ratio(contest, 0.97)]
     sizes = {size: round(rate, 1) for size, rate in swept.items()}

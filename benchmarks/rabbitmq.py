@@ -56,7 +56,7 @@ def main() -> None:
             folder,
             {name: partial(celery_task, request) for name in peers if name.startswith("celery")},
         )
-        contest.pairs(args.runs, ("bare", bare), ("inferbus", ours))
+        contest.rounds(args.runs, ("bare", bare), ("inferbus", ours))
         for _ in range(args.runs):
             for name, worker in peers.items():
                 contest.turn(name, worker, args.peer_messages)

@@ -43,9 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, serving(elasticmq()) as server, Sqs(server) as bus:
         folder = Path(scratch)
         contest = QueueContest(bus, tiny_model(folder), args.messages, ROWS, json_requests(), folder)
-        contest.pairs(args.runs, ("bare", bare), ("inferbus", ours))
-        for _ in range(args.runs):
-            contest.turn(HEADED, headed)
+        contest.rounds(args.runs, ("bare", bare), (HEADED, headed), ("inferbus", ours))
     contest.show()
     cpu = contest.median("bare", "cpu_us") / contest.median("inferbus", "cpu_us")
     print(f"bare CPU / inferbus CPU: {cpu:.3g}")
